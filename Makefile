@@ -1,0 +1,53 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format coverage docs test-matrix clean .venv
+
+help:  ## Show this help
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proof that nothing was lost
+	@$(BIN)/python examples/demo.py
+
+test: .venv  ## Run the tests; they start their own PostgreSQL
+	@$(BIN)/pytest
+
+check: .venv  ## What CI checks: format, lint, types, and the direction of the imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: .venv  ## Format the code, and repair what the linter can
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+coverage: .venv  ## Run the tests and show which lines they never reach
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+docs: .venv  ## Build the documentation into site/; a broken link is an error
+	@$(BIN)/zensical build --clean --strict
+
+test-matrix: .venv  ## Run the tests on PostgreSQL 14 to 18, and on Python 3.12 and 3.13
+	@$(BIN)/python tests/matrix.py --python 3.12 3.13
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .matrix .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
+
+.venv: .venv/.ready  ## Install everything into .venv; the targets above do it by themselves
+
+# The stamp comes last, so an installation that was interrupted starts anew. The certificates of the system: behind
+# a company's proxy its own are not enough.
+.venv/.ready: requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'Python 3.11 or newer is needed, and $(PYTHON) is not: try `make PYTHON=python3.13 …`' >&2; exit 1; }
+	@echo 'Installing into .venv …'
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements-dev.txt -e .
+	@touch $@

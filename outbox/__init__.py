@@ -1,0 +1,100 @@
+"""The transactional outbox for asyncio Python on PostgreSQL."""
+
+from outbox._backoff import (
+    BackOff,
+    ExponentialBackOff,
+    FailImmediately,
+    FibonacciBackOff,
+    LinearBackOff,
+    NoWaiting,
+    full_jitter,
+    half_jitter,
+    jitter_after,
+    no_jitter,
+    scattered_jitter,
+)
+from outbox._claims import CommitStrategy
+from outbox._codec import Codec, JsonCodec
+from outbox._dispatcher import (
+    ChainDispatcher,
+    Dispatcher,
+    FilteringDispatcher,
+    HandlerDispatcher,
+    OutboxDispatcher,
+    TranslatingDispatcher,
+)
+from outbox._errors import (
+    CodecError,
+    DestinationUnavailableError,
+    DispatchError,
+    NotInTransactionError,
+    OutboxError,
+    PartialDispatchError,
+    RejectedError,
+    SchemaError,
+)
+from outbox._events import (
+    BatchDelivered,
+    DatabaseLost,
+    DestinationDown,
+    DestinationUp,
+    Event,
+    MessageDied,
+    MessageFailed,
+    RelayFenced,
+    RelaysDied,
+    RelayStarted,
+    RelayStopped,
+)
+from outbox._message import Message
+from outbox._notifier import Notifier
+from outbox._outbox import Counts, DeadLetter, Outbox
+from outbox._relay import Relay
+
+__all__ = [
+    "BackOff",
+    "BatchDelivered",
+    "ChainDispatcher",
+    "Codec",
+    "CodecError",
+    "CommitStrategy",
+    "Counts",
+    "DatabaseLost",
+    "DeadLetter",
+    "DestinationDown",
+    "DestinationUnavailableError",
+    "DestinationUp",
+    "DispatchError",
+    "Dispatcher",
+    "Event",
+    "ExponentialBackOff",
+    "FailImmediately",
+    "FibonacciBackOff",
+    "FilteringDispatcher",
+    "HandlerDispatcher",
+    "JsonCodec",
+    "LinearBackOff",
+    "Message",
+    "MessageDied",
+    "MessageFailed",
+    "NoWaiting",
+    "NotInTransactionError",
+    "Notifier",
+    "Outbox",
+    "OutboxDispatcher",
+    "OutboxError",
+    "PartialDispatchError",
+    "RejectedError",
+    "Relay",
+    "RelayFenced",
+    "RelayStarted",
+    "RelayStopped",
+    "RelaysDied",
+    "SchemaError",
+    "TranslatingDispatcher",
+    "full_jitter",
+    "half_jitter",
+    "jitter_after",
+    "no_jitter",
+    "scattered_jitter",
+]

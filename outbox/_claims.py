@@ -1,0 +1,286 @@
+"""What one relay does to the table: it claims messages, settles them, and takes over from relays that died."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Final
+from uuid import UUID, uuid4
+
+from outbox._message import Message
+from outbox._outbox import Connection, Outbox, position_of
+
+_EVER: Final = datetime(1, 1, 1, tzinfo=UTC)
+_LOWEST: Final = -(2**63)
+"""Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
+
+
+class CommitStrategy(Enum):
+    """What becomes of a message that was delivered."""
+
+    DELETE = "delete"
+    """It is deleted."""
+    MARK = "mark"
+    """It is kept with the time of its dispatch, until it is cleaned up."""
+
+
+class Suspect(Enum):
+    """Why a waiting message is tried alone."""
+
+    BATCH = "batch"
+    """The batch it was in failed as a whole, and one of them may be the reason."""
+    CRASH = "crash"
+    """Its process died, and it may have been the killer: its attempts are counted before the dispatch."""
+
+
+class Claim:
+    """Fresh messages that were claimed together, until the last of them is settled."""
+
+    __slots__ = ("outstanding", "upto")
+
+    def __init__(self, upto: int, outstanding: int) -> None:
+        self.upto = upto
+        self.outstanding = outstanding
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Messages to be dispatched together, of one claim or, with none, from among the waiting."""
+
+    owner: UUID
+    messages: Sequence[Message]
+    claim: Claim | None = None
+    suspect: Suspect | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Postponed:
+    """A message that was not delivered and is due again after the delay."""
+
+    position: int
+    delay: timedelta
+    attempts: int
+    suspect: Suspect | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Buried:
+    """A message that becomes a dead letter."""
+
+    position: int
+    attempts: int
+    error: str
+
+
+@dataclass(slots=True)
+class Settlement:
+    """What became of messages, gathered so that many are settled by few statements in one transaction."""
+
+    delivered: list[int] = field(default_factory=list)
+    delivered_waiting: list[int] = field(default_factory=list)
+    set_aside: list[int] = field(default_factory=list)
+    postponed: list[Postponed] = field(default_factory=list)
+    buried: list[Buried] = field(default_factory=list)
+    finished_claims: list[int] = field(default_factory=list)
+    messages: int = 0
+    crash_suspects: int = 0
+
+    def delivers(self, batch: Batch, messages: Iterable[Message]) -> None:
+        """Adds messages that their destination accepted."""
+        positions = [position_of(message) for message in messages]
+        (self.delivered if batch.claim else self.delivered_waiting).extend(positions)
+        self._settles(batch, len(positions))
+
+    def fails(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None:
+        """Adds messages that wait or are given up."""
+        if batch.claim:
+            self.set_aside.extend(outcome.position for outcome in outcomes)
+        for outcome in outcomes:
+            if isinstance(outcome, Postponed):
+                self.postponed.append(outcome)
+            else:
+                self.buried.append(outcome)
+        self._settles(batch, len(outcomes))
+
+    def _settles(self, batch: Batch, count: int) -> None:
+        self.messages += count
+        self.crash_suspects += batch.suspect is Suspect.CRASH
+        if batch.claim:
+            batch.claim.outstanding -= count
+            if not batch.claim.outstanding:
+                self.finished_claims.append(batch.claim.upto)
+
+
+class Claims:
+    """The claims of one relay, on whatever connection it is given, inside the transaction open there.
+
+    A claim never holds a transaction open while a destination works: it is a row that names the messages and
+    their owner, and an owner whose lease has run out is dead. Fresh messages are searched for beyond a cursor;
+    what commits late, behind it, is found by a sweep from the floor, below which nothing can appear any more.
+    """
+
+    def __init__(self, outbox: Outbox, lease: timedelta, commit: CommitStrategy) -> None:
+        self._codec = outbox.codec
+        self._queries = outbox._queries
+        self._lease = lease
+        self._commit = commit
+        self.owner = uuid4()
+        self._cursor = self._floor = _LOWEST
+        self._due_from = _EVER
+        # The last position when the writers of that time were asked for, and those of them still at work.
+        self._writers: tuple[int, set[str]] | None = None
+        self._was_fenced = False
+
+    # --- the lease --------------------------------------------------------------------------------------
+
+    async def register(self, connection: Connection) -> None:
+        """Enters this relay among the living, under a new name if it was declared dead under the old one."""
+        await connection.execute(self._queries.register, self.owner, self._lease)
+
+    async def renew(self, connection: Connection) -> bool:
+        """Renews the lease; False when this relay was declared dead and what it held was taken over."""
+        return bool(await connection.fetchval(self._queries.renew, self.owner, self._lease))
+
+    def rename(self) -> None:
+        """Takes a new name, after the old one was declared dead."""
+        self.owner = uuid4()
+        self._was_fenced = True
+
+    async def unregister(self, connection: Connection) -> None:
+        """Leaves the living, unless something is still held."""
+        await connection.execute(self._queries.unregister, self.owner)
+
+    async def take_over(self, connection: Connection) -> tuple[int, int]:
+        """Makes suspects of what dead relays held; returns how many relays and how many messages that were."""
+        dead = [row["owner"] for row in await connection.fetch(self._queries.bury_relays)]
+        if not dead:
+            return 0, 0
+        statuses = [
+            await connection.execute(statement, dead)
+            for statement in (self._queries.take_over_claims, self._queries.take_over_waiting)
+        ]
+        return len(dead), sum(int(status.rpartition(" ")[2]) for status in statuses)
+
+    # --- claiming ---------------------------------------------------------------------------------------
+
+    async def find_start(self, connection: Connection) -> None:
+        """Puts the cursor before the lowest message that is pending; only for the first search of a relay."""
+        last = await connection.fetchval(self._queries.last_position)
+        lowest = await connection.fetchval(self._queries.lowest_fresh, _LOWEST, last)
+        self._cursor = last if lowest is None else lowest - 1
+
+    async def claim_fresh(self, connection: Connection, limit: int, size: int, *, sweep: bool) -> list[Batch]:
+        """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
+        owner, bound = self.owner, self._floor if sweep else self._cursor
+        rows = await connection.fetch(self._queries.lock_fresh, bound, limit)
+        if not rows:
+            return []
+        positions = [row[0] for row in rows]
+        claimed = await connection.fetchrow(self._queries.record_claim, bound, owner, positions)
+        self._cursor = max(self._cursor, positions[-1])
+        if claimed is None:
+            return []
+        if len(claimed["positions"]) < len(rows):
+            mine = set(claimed["positions"])
+            rows = [row for row in rows if row[0] in mine]
+        stored, codec, claim = Message._stored, self._codec, Claim(claimed["upto"], len(rows))
+        messages = [stored(codec, *row) for row in rows]
+        return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
+
+    async def reconcile(self, connection: Connection, claims: Iterable[int], waiting: Iterable[int]) -> None:
+        """Lets go of whatever this relay holds in the table without knowing it: its COMMIT got no answer.
+
+        Args:
+            connection: With a transaction open.
+            claims: The claims it does know of.
+            waiting: The positions of the waiting messages it does know of.
+        """
+        rows = await connection.fetch(self._queries.unknown_claims, self.owner, list(claims))
+        if positions := [position for row in rows for position in row["positions"]]:
+            await connection.execute(self._queries.set_aside, self.owner, positions)
+            await connection.execute(self._queries.drop_claims, [row["upto"] for row in rows])
+        await connection.execute(self._queries.let_go, self.owner, list(waiting))
+
+    async def claim_due(self, connection: Connection, limit: int) -> list[Batch]:
+        """Claims waiting messages whose time has come: the suspects of a batch each as a batch of its own."""
+        if limit < 1:
+            return []
+        owner = self.owner
+        rows = await connection.fetch(self._queries.claim_due, owner, self._due_from, False, limit)
+        rows.sort(key=lambda row: (row["due_at"], row["position"]))
+        self._due_from = rows[-1]["due_at"] if len(rows) == limit else _EVER
+        company = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is None]
+        alone = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is not None]
+        batches = [Batch(owner, [message], suspect=Suspect.BATCH) for message in alone]
+        return [Batch(owner, company), *batches] if company else batches
+
+    async def claim_crash_suspect(self, connection: Connection) -> Batch | None:
+        """Claims one suspect of a crash, counting the attempt."""
+        owner = self.owner
+        row = await connection.fetchrow(self._queries.claim_due, owner, _EVER, True, 1)
+        if row is None:
+            return None
+        return Batch(owner, [Message._stored(self._codec, *row[:-2])], suspect=Suspect.CRASH)
+
+    # --- settling ---------------------------------------------------------------------------------------
+
+    async def settle(self, connection: Connection, settlement: Settlement) -> None:
+        """Writes down what became of the messages; running it a second time changes nothing."""
+        queries, mark = self._queries, self._commit is CommitStrategy.MARK
+        if settlement.delivered:
+            await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
+        # What a fenced relay delivered was moved to where messages wait, and must not be delivered once more.
+        if waiting := settlement.delivered_waiting + (settlement.delivered if self._was_fenced else []):
+            await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, waiting)
+        if settlement.set_aside:
+            await connection.execute(queries.set_aside, self.owner, settlement.set_aside)
+        if postponed := settlement.postponed:
+            await connection.execute(
+                queries.postpone,
+                self.owner,
+                [one.position for one in postponed],
+                [one.delay for one in postponed],
+                [one.attempts for one in postponed],
+                [one.suspect.value if one.suspect else None for one in postponed],
+                [one.error for one in postponed],
+            )
+        if buried := settlement.buried:
+            await connection.execute(
+                queries.bury,
+                self.owner,
+                [one.position for one in buried],
+                [one.attempts for one in buried],
+                [one.error for one in buried],
+            )
+        if settlement.finished_claims:
+            await connection.execute(queries.drop_claims, settlement.finished_claims)
+
+    # --- the floor --------------------------------------------------------------------------------------
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the floor could be raised."""
+        return self._floor < self._cursor
+
+    async def raise_floor(self, connection: Connection) -> None:
+        """Moves the floor up to below the lowest message that is, or may still become, pending and unclaimed.
+
+        Every transaction that held the writers' lock when the last position was read must have ended before
+        the messages up to there are complete (an unrelated transaction, however long, is not waited for).
+        """
+        if self._writers is None:
+            last = await connection.fetchval(self._queries.last_position)
+            self._writers = last, await self._writers_now(connection)
+        else:
+            last, writers = self._writers
+            self._writers = last, writers & await self._writers_now(connection)
+        last, writers = self._writers
+        if not writers:
+            lowest = await connection.fetchval(self._queries.lowest_fresh, self._floor, last)
+            self._floor = max(self._floor, last if lowest is None else lowest - 1)
+            self._cursor = max(self._cursor, self._floor)
+            self._writers = None
+
+    async def _writers_now(self, connection: Connection) -> set[str]:
+        return {row[0] for row in await connection.fetch(self._queries.writers)}

@@ -1,0 +1,123 @@
+"""Hands a batch to its destination and decides, for each message that failed, what becomes of it."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+from uuid import UUID
+
+import anyio
+
+from outbox._backoff import BackOff
+from outbox._claims import Batch, Buried, Postponed, Suspect
+from outbox._dispatcher import Dispatcher
+from outbox._errors import DestinationUnavailableError, OutboxError, PartialDispatchError, RejectedError, describe
+from outbox._message import Message
+from outbox._outbox import position_of
+
+Upcast = Callable[[Message], Iterable[Message]]
+"""Makes of one stored message those that are dispatched: none, one or many, settled as one."""
+
+_LONGEST: Final = timedelta(days=365_000)
+"""A delay that a due time can be made of, whatever a strategy of somebody's own returns."""
+
+CRASH: Final = "the process died while dispatching it"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a message was not delivered."""
+
+    error: BaseException
+    shared: bool
+    """Whether the error was raised for several messages at once, so that one of them may be to blame alone."""
+
+
+async def deliver(
+    destination: Dispatcher, messages: Sequence[Message], upcast: Upcast | None, limit: timedelta
+) -> dict[int, Failure]:
+    """Dispatches the messages as one batch; returns the failures by position, and none means all were accepted."""
+    failures: dict[int, Failure] = {}
+    outgoing = messages
+    origin: dict[UUID, int] = {}
+    if upcast:
+        outgoing, origin, failures = _upcast(upcast, messages)
+    if not outgoing:
+        return failures
+    try:
+        with anyio.fail_after(limit.total_seconds()):
+            await destination.dispatch(*outgoing)
+    except PartialDispatchError as error:
+        positions = origin or {message.id: position_of(message) for message in messages}
+        for name, reason in error.failures.items():
+            if (position := positions.get(name)) is not None:
+                failures[position] = Failure(reason, shared=False)
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise
+        sent = set(origin.values()) if upcast else {position_of(message) for message in messages}
+        failures |= {position: Failure(error, shared=len(sent) > 1) for position in sent}
+    return failures
+
+
+def _upcast(upcast: Upcast, messages: Sequence[Message]) -> tuple[list[Message], dict[UUID, int], dict[int, Failure]]:
+    outgoing: list[Message] = []
+    origin: dict[UUID, int] = {}
+    failures: dict[int, Failure] = {}
+    for message in messages:
+        try:
+            made = list(upcast(message))
+        except Exception as error:  # noqa: BLE001 -- a message that cannot be upcast fails by itself
+            failures[position_of(message)] = Failure(error, shared=False)
+            continue
+        outgoing += made
+        origin |= {one.id: position_of(message) for one in made}
+    return outgoing, origin, failures
+
+
+def _is_cancelled() -> bool:
+    # A destination may raise CancelledError without anybody having cancelled this task: some inner task of its own
+    # was. Taken for a real one it would end the delivery with nothing settled.
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def every(kind: type[BaseException], error: BaseException) -> bool:
+    """Says whether an error is of a kind, or a group of nothing but that kind."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(every(kind, inner) for inner in error.exceptions)
+    return isinstance(error, kind)
+
+
+def is_unavailable(failure: Failure) -> bool:
+    """Says whether the destination was down: no attempt is spent then."""
+    return every(DestinationUnavailableError, failure.error)
+
+
+def decide(batch: Batch, message: Message, failure: Failure, backoff: BackOff) -> Postponed | Buried:
+    """Decides what becomes of a message that failed, other than by a destination that is down.
+
+    Nobody dies of a failure that was shared: the first time all of the batch are tried again together, after
+    that, or when there is no more time to give, each is tried alone.
+    """
+    position, error, rejected = position_of(message), failure.error, every(RejectedError, failure.error)
+    if failure.shared and rejected:
+        return Postponed(position, timedelta(), message.attempts, Suspect.BATCH, describe(error))
+    # The attempt of a crash's suspect was counted when it was claimed.
+    attempts = message.attempts if batch.suspect is Suspect.CRASH else message.attempts + 1
+    delay = None if rejected else backoff(attempts, error)
+    if delay is not None:
+        alone = message.attempts > 0 if failure.shared else len(batch.messages) == 1
+        return Postponed(position, min(delay, _LONGEST), attempts, Suspect.BATCH if alone else None, describe(error))
+    if failure.shared:
+        return Postponed(position, timedelta(), message.attempts, Suspect.BATCH, describe(error))
+    return Buried(position, attempts, describe(error))
+
+
+def decide_crashed(message: Message, backoff: BackOff) -> Buried | None:
+    """Decides whether the suspect of a crash, its next attempt counted already, is given up instead of tried."""
+    deaths = message.attempts - 1
+    if deaths and backoff(deaths, None) is None:
+        return Buried(position_of(message), deaths, describe(OutboxError(CRASH)))
+    return None

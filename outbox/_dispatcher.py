@@ -1,0 +1,151 @@
+"""The seam of this library, `Dispatcher`, and the dispatchers that are no broker's."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, runtime_checkable
+from uuid import UUID
+
+import asyncpg
+
+from outbox._errors import DestinationUnavailableError, NotInTransactionError, OutboxError, PartialDispatchError
+from outbox._message import Message
+from outbox._outbox import Connection, Outbox
+
+Decorator = Callable[[Message], Message]
+"""Makes a changed copy of a message before it is written: a default header, a trace context."""
+
+
+@runtime_checkable
+class Dispatcher(Protocol):
+    """Takes messages: on the writer's side into the outbox, on the relay's side to their destination.
+
+    A destination answers for its batch: it returns when all were accepted, raises `PartialDispatchError` for
+    those that were not, and anything else when none was. `RejectedError` says "never", and
+    `DestinationUnavailableError` "not now, and not the message's fault".
+    """
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Takes these messages, in this order; with none it does nothing."""
+        ...
+
+
+class OutboxDispatcher:
+    """Writes messages into the outbox, inside the transaction that is open on its connection.
+
+    They are delivered if and only if that transaction commits; a savepoint rolled back takes its own along.
+    It is cheap: make one for each request.
+
+    Args:
+        connection: An asyncpg connection, or one acquired from a pool, with an open transaction.
+        outbox: The table and codec.
+        decorators: Applied to each message in this order, the result of one going into the next.
+    """
+
+    def __init__(
+        self, connection: Connection, outbox: Outbox | None = None, *, decorators: Iterable[Decorator] = ()
+    ) -> None:
+        self._connection = connection
+        self._outbox = Outbox() if outbox is None else outbox
+        self._decorators = tuple(decorators)
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Writes the messages in their order: one statement for one, one for many.
+
+        Raises:
+            NotInTransactionError: When no transaction is open; nothing was written.
+            CodecError: When a payload cannot be encoded; nothing was written and the transaction is unharmed.
+            SchemaError: When the table does not exist.
+            OutboxError: When the database refuses, with the driver's error as its cause.
+        """
+        if not messages:
+            return
+        self._require_transaction(messages[0])
+        for decorate in self._decorators:
+            messages = tuple(map(decorate, messages))
+        self._outbox._wakeup.watch(self._connection)
+        await self._outbox.persist(self._connection, *messages)
+
+    def _require_transaction(self, first: Message) -> None:
+        try:
+            closed, open_transaction = self._connection.is_closed(), self._connection.is_in_transaction()
+        except asyncpg.InterfaceError as error:
+            raise OutboxError(f"message {first.id} was not written: {error}") from error
+        if closed:
+            raise OutboxError(f"message {first.id} was not written: the connection is closed")
+        if not open_transaction:
+            raise NotInTransactionError(
+                f"message {first.id} was not written: no transaction is open on this connection. Dispatch inside "
+                "`async with connection.transaction():`, together with the rows the message speaks of"
+            )
+
+
+class ChainDispatcher:
+    """Hands every message to each of several dispatchers, in their order; the first error ends the chain.
+
+    As a relay's destination it is retried as a whole: those before the one that failed see the batch again.
+    """
+
+    def __init__(self, *dispatchers: Dispatcher) -> None:
+        self._dispatchers = dispatchers
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Hands the messages on."""
+        for dispatcher in self._dispatchers:
+            await dispatcher.dispatch(*messages)
+
+
+class FilteringDispatcher:
+    """Hands on the messages that a predicate accepts; the others count as accepted and go no further."""
+
+    def __init__(self, accepts: Callable[[Message], bool], inner: Dispatcher) -> None:
+        self._accepts = accepts
+        self._inner = inner
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Hands on those that are accepted, in one call, or makes none when there are none."""
+        if accepted := tuple(filter(self._accepts, messages)):
+            await self._inner.dispatch(*accepted)
+
+
+class TranslatingDispatcher:
+    """Hands on what a function makes of each message: an anti-corruption layer.
+
+    A failure that the inner dispatcher reports for a translation is reported for the message it was made from.
+    """
+
+    def __init__(self, translate: Callable[[Message], Message], inner: Dispatcher) -> None:
+        self._translate = translate
+        self._inner = inner
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Translates all and hands them on in one call."""
+        translated = tuple(map(self._translate, messages))
+        try:
+            await self._inner.dispatch(*translated)
+        except PartialDispatchError as error:
+            origin = {new.id: old.id for old, new in zip(messages, translated, strict=True)}
+            raise PartialDispatchError({origin.get(name, name): e for name, e in error.failures.items()}) from error
+
+
+class HandlerDispatcher:
+    """Makes a dispatcher from an `async def handle(message)`, called for one message after the other.
+
+    A message whose handling raises does not stop the others: all failures come together in one
+    `PartialDispatchError`. `DestinationUnavailableError` does stop them: the rest would meet the same.
+    """
+
+    def __init__(self, handle: Callable[[Message], Awaitable[object]]) -> None:
+        self._handle = handle
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Handles each message in turn."""
+        failures: dict[UUID, BaseException] = {}
+        for index, message in enumerate(messages):
+            try:
+                await self._handle(message)
+            except DestinationUnavailableError as error:
+                failures |= {untried.id: error for untried in messages[index:]}
+                break
+            except Exception as error:  # noqa: BLE001 -- whatever a handler raises is this message's failure
+                failures[message.id] = error
+        if failures:
+            raise PartialDispatchError(failures)

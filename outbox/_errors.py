@@ -1,0 +1,69 @@
+"""The errors of this library, one tree.
+
+OutboxError
+├── NotInTransactionError        a message was to be written outside a transaction
+├── CodecError                   a payload cannot be encoded or decoded
+├── SchemaError                  the table is missing, too old or too new
+└── DispatchError                what a destination may raise to be precise
+    ├── PartialDispatchError     some messages of the batch failed, the rest were accepted
+    ├── RejectedError            this message can never succeed
+    └── DestinationUnavailableError   the broker is down, the messages are fine
+"""
+
+from collections.abc import Mapping
+from uuid import UUID
+
+
+class OutboxError(Exception):
+    """The root of every error this library raises; the driver's error, if any, is its `__cause__`."""
+
+
+class NotInTransactionError(OutboxError):
+    """Raised by a dispatch on a connection without an open transaction; nothing was written."""
+
+
+class CodecError(OutboxError):
+    """Raised when a payload cannot be encoded or decoded; it names the message and the path inside it."""
+
+
+class SchemaError(OutboxError):
+    """Raised when the outbox table is missing, older or newer than this version of the library."""
+
+
+class DispatchError(OutboxError):
+    """The root of the errors by which a destination tells the relay more than "it failed"."""
+
+
+class PartialDispatchError(DispatchError):
+    """Raised by a destination that accepted a part of its batch.
+
+    The messages named in `failures` failed, each with its own error; all others of the batch were
+    accepted and are settled. An id that is not in the batch is ignored.
+
+    Args:
+        failures: The error of each failed message, by message id.
+    """
+
+    def __init__(self, failures: Mapping[UUID, BaseException]) -> None:
+        self.failures = dict(failures)
+        first = next(iter(self.failures.items()), None)
+        example = f", the first is {first[0]}: {describe(first[1])}" if first else ""
+        super().__init__(f"{len(self.failures)} of the batch failed{example}")
+
+
+class RejectedError(DispatchError):
+    """Raised by a destination for a message that can never succeed: it becomes a dead letter at once.
+
+    Raised for a whole batch of several messages, it is taken as "one of these": they are tried again one by one.
+    """
+
+
+class DestinationUnavailableError(DispatchError):
+    """Raised by a destination whose broker cannot be reached: no attempt is spent and the relay waits for it."""
+
+
+def describe(error: BaseException) -> str:
+    """Says an error in one line, as it is stored beside a message: its type, and its text if it has one."""
+    text = str(error).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    name = type(error).__qualname__
+    return (f"{name}: {text}" if text else name)[:2000]

@@ -1,0 +1,44 @@
+"""Wakes relays in other processes: a NOTIFY after the commit, from a connection of its own."""
+
+import asyncio
+from datetime import timedelta
+
+import anyio
+from anyio.abc import TaskStatus
+
+from outbox._outbox import Outbox, Pool
+from outbox._session import is_transient
+
+
+class Notifier:
+    """Sends a NOTIFY when transactions of this process have written messages, for relays that `listen`.
+
+    Never inside your transaction: there a NOTIFY takes a lock that all committing transactions of the server
+    share. It is sent afterwards, once for all commits of a few milliseconds, from a connection of the pool. It
+    only saves waiting: one that is lost is made good by the relay's polling.
+
+    Args:
+        outbox: The object that the writers of this process use.
+        pool: Where the connection comes from.
+        debounce: How long to gather commits before one NOTIFY is sent for all of them.
+    """
+
+    def __init__(self, outbox: Outbox, pool: Pool, *, debounce: timedelta = timedelta(milliseconds=5)) -> None:
+        self._outbox = outbox
+        self._pool = pool
+        self._debounce = debounce.total_seconds()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Notifies until it is cancelled."""
+        committed = asyncio.Event()
+        with self._outbox._wakeup.listening(committed.set):
+            task_status.started()
+            while True:
+                await committed.wait()
+                await anyio.sleep(self._debounce)
+                committed.clear()
+                try:
+                    await self._pool.execute("SELECT pg_notify($1, '')", self._outbox._queries.channel, timeout=5)
+                except Exception as error:
+                    if not is_transient(error) or self._pool.is_closing():
+                        raise

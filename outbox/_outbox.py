@@ -1,0 +1,288 @@
+"""The table as an object: `Outbox`, every verb of which takes the connection first."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib.resources import files
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+from outbox._codec import Codec, JsonCodec
+from outbox._errors import OutboxError, SchemaError
+from outbox._message import Message
+from outbox._queries import Queries
+from outbox._wakeup import Wakeup
+
+DRIVER_ERRORS: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what asyncpg may raise, a bare Exception, when the server dies under it
+    OSError,
+)
+"""Everything the driver may raise when the database refuses or is gone."""
+
+_T = TypeVar("_T")
+
+# asyncpg's classes are generic for a type checker only.
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
+    Pool = asyncpg.Pool[Any]
+else:
+    Connection = asyncpg.Connection | PoolConnectionProxy
+    Pool = asyncpg.Pool
+
+# Well below what one message of the protocol can hold, and above what anybody writes in one transaction every day.
+_CHUNK: Final = 5_000
+
+_MIGRATIONS: Final = tuple(
+    entry.read_text(encoding="utf-8")
+    for entry in sorted(files("outbox").joinpath("migrations").iterdir(), key=lambda entry: entry.name)
+    if entry.name.endswith(".sql")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many messages there are, all read in one snapshot."""
+
+    total: int
+    """All messages that are not dead: `dispatched` and `pending` together."""
+    dispatched: int
+    """Those that were delivered and are kept, marked (`CommitStrategy.MARK`)."""
+    pending: int
+    """Those still to be delivered, `waiting` ones included."""
+    waiting: int
+    """Those of the pending ones that are delayed, wait for their next attempt, or are tried alone."""
+    dead: int
+    """The dead letters."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that was given up, with the reason."""
+
+    message: Message
+    attempts: int
+    """How many deliveries failed."""
+    error: str
+    """The last error, in one line."""
+    died_at: datetime
+
+
+class Outbox:
+    """The table and the codec: what a writer and a relay must agree on.
+
+    It holds no connection and no transaction: every verb runs on the connection you give it, inside your
+    transaction if one is open. An object may be used by any number of tasks at once.
+
+    Args:
+        table: The table's name, at most 51 bytes; it is quoted, so any name will do. The tables beside it have
+            this name and a suffix: _waiting, _dead, _relays, _claims, _version.
+        schema: The schema's name, quoted too.
+        codec: How payloads become bytes.
+        clock: Gives the time of recording, aware; None leaves it to the database's clock.
+
+    Raises:
+        ValueError: When a name cannot be an identifier.
+    """
+
+    def __init__(
+        self,
+        table: str = "outbox",
+        *,
+        schema: str = "public",
+        codec: Codec | None = None,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        self.table = table
+        self.schema = schema
+        self.codec: Codec = JsonCodec() if codec is None else codec
+        self._clock = clock
+        self._queries = Queries(table, schema)
+        self._wakeup = Wakeup()
+
+    def __repr__(self) -> str:
+        return f"Outbox({self.table!r}, schema={self.schema!r})"
+
+    # --- the schema -------------------------------------------------------------------------------------
+
+    async def migrate(self, connection: Connection) -> int:
+        """Creates or upgrades the tables, and returns the version they have now.
+
+        All in one transaction, under a lock: several services may migrate at the same time. It changes nothing
+        when there is nothing to do.
+
+        Raises:
+            SchemaError: When the tables are newer than this version of the library.
+            OutboxError: When the database refuses, with the driver's error as its cause.
+        """
+        queries = self._queries
+        with self._surfacing("cannot migrate"):
+            async with connection.transaction():
+                await connection.execute(queries.lock_migration)
+                if not await connection.fetchval(queries.schema_exists):
+                    await connection.execute(queries.create_schema)
+                await connection.execute(queries.create_version)
+                current = await connection.fetchval(queries.current_version)
+                self._refuse_newer(current)
+                for version, script in enumerate(_MIGRATIONS[current:], current + 1):
+                    await connection.execute(script.format(**queries.names))
+                    await connection.execute(queries.record_version, version)
+        return len(_MIGRATIONS)
+
+    def schema_sql(self) -> str:
+        """Returns what `migrate` would run on an empty database, for those who run their own migrations."""
+        parts = [f"{self._queries.create_version.strip()};"]
+        for version, script in enumerate(_MIGRATIONS, 1):
+            record = self._queries.record_version.replace("$1", str(version))
+            parts += [script.format(**self._queries.names).strip(), f"{record};"]
+        return "\n\n".join(parts) + "\n"
+
+    async def check(self, connection: Connection) -> None:
+        """Raises `SchemaError`, with the remedy, unless the tables are of the version this library wants."""
+        with self._surfacing("cannot read the version of the schema"):
+            exists = await connection.fetchval(self._queries.version_exists)
+            current = await connection.fetchval(self._queries.current_version) if exists else 0
+        self._refuse_newer(current)
+        if current < len(_MIGRATIONS):
+            raise SchemaError(self._remedy(f"has version {current}, this library wants {len(_MIGRATIONS)}"))
+
+    def _refuse_newer(self, current: int) -> None:
+        if current > len(_MIGRATIONS):
+            raise SchemaError(
+                f"the schema of {self!r} has version {current}, this library knows up to {len(_MIGRATIONS)}: "
+                "upgrade asyncpg-outbox in this service"
+            )
+
+    def _remedy(self, what: str) -> str:
+        return f"the schema of {self!r} {what}: run outbox.migrate(connection), or apply outbox.schema_sql()"
+
+    # --- writing ----------------------------------------------------------------------------------------
+
+    async def persist(self, connection: Connection, *messages: Message) -> None:
+        """Writes messages into the table, in their order: one statement for one, one for many.
+
+        Everything is encoded before anything is written. Unlike `OutboxDispatcher.dispatch` it does not ask for
+        an open transaction: outside of one, each statement commits by itself.
+
+        Raises:
+            CodecError: When a payload cannot be encoded; nothing was written.
+            SchemaError: When the table does not exist.
+            OutboxError: When the database refuses, with the driver's error as its cause.
+        """
+        rows = [self._row(message) for message in messages]
+        fresh = [row[:-1] for row in rows if row[-1] is None]
+        with self._surfacing(f"cannot write {len(rows)} message(s), the first is {messages[0].id}" if messages else ""):
+            if len(fresh) == 1:
+                await connection.execute(self._queries.insert, *fresh[0])
+            else:
+                await self._insert(connection, self._queries.insert_many, fresh)
+            if len(fresh) < len(rows):
+                await self._insert(connection, self._queries.insert_waiting, [row for row in rows if row[-1]])
+
+    def _row(self, message: Message) -> tuple[Any, ...]:
+        headers, body = message._encode(self.codec)
+        recorded_at = message.recorded_at or (self._clock() if self._clock else None)
+        return message.id, message.topic, message.key, headers, body, recorded_at, message.due_at
+
+    async def _insert(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        for chunk in _chunks(rows):
+            await connection.execute(statement, *map(list, zip(*chunk, strict=True)))
+
+    # --- reading and settling, for relays of your own and for operators -----------------------------------
+
+    async def retrieve(self, connection: Connection, limit: int) -> list[Message]:
+        """Returns up to `limit` pending messages in the order of their positions, waiting ones included.
+
+        It claims nothing: a relay may deliver them at the same time.
+        """
+        with self._surfacing("cannot retrieve"):
+            return [Message._stored(self.codec, *row) for row in await connection.fetch(self._queries.retrieve, limit)]
+
+    async def mark_dispatched(self, connection: Connection, *messages: Message) -> None:
+        """Marks retrieved messages as dispatched, at the database's time; they are kept until `cleanup`."""
+        await self._settle(connection, messages, self._queries.mark, self._queries.mark_waiting)
+
+    async def remove(self, connection: Connection, *messages: Message) -> None:
+        """Deletes retrieved messages, delivered or not."""
+        await self._settle(connection, messages, self._queries.remove, self._queries.remove_waiting)
+
+    async def _settle(self, connection: Connection, messages: Sequence[Message], *statements: str) -> None:
+        positions = [position_of(message) for message in messages]
+        if positions:
+            with self._surfacing("cannot settle"):
+                async with connection.transaction():
+                    for statement in statements:
+                        await connection.execute(statement, positions)
+
+    async def clear(self, connection: Connection) -> None:
+        """Deletes every message: pending, waiting, dispatched and dead."""
+        with self._surfacing("cannot clear"):
+            await connection.execute(self._queries.clear)
+
+    async def cleanup(self, connection: Connection, older_than: timedelta, limit: int) -> int:
+        """Deletes up to `limit` messages that were marked as dispatched longer than this ago; returns how many."""
+        with self._surfacing("cannot clean up"):
+            return _affected(await connection.execute(self._queries.cleanup, older_than, limit))
+
+    async def counts(self, connection: Connection) -> Counts:
+        """Counts the messages. It reads the whole table: for a dashboard, not for every request."""
+        with self._surfacing("cannot count"):
+            row = await connection.fetchrow(self._queries.counts)
+            assert row is not None
+            return Counts(**row)
+
+    # --- dead letters -----------------------------------------------------------------------------------
+
+    async def dead_letters(self, connection: Connection, *ids: UUID, limit: int = 100) -> list[DeadLetter]:
+        """Returns up to `limit` dead letters in the order of their positions: those named, or any."""
+        with self._surfacing("cannot read the dead letters"):
+            rows = await connection.fetch(self._queries.dead_letters, limit, list(ids) or None)
+        return [
+            DeadLetter(Message._stored(self.codec, *row[:-2]), row["attempts"], row["error"], row["died_at"])
+            for row in rows
+        ]
+
+    async def redrive(self, connection: Connection, *ids: UUID) -> int:
+        """Sends dead letters, those named or all, on their way again, in order; returns how many.
+
+        They are due at once, keep their id and position, and have all their attempts before them.
+        """
+        with self._surfacing("cannot redrive"):
+            return _affected(await connection.execute(self._queries.redrive, list(ids) or None))
+
+    async def discard(self, connection: Connection, *ids: UUID) -> int:
+        """Deletes the dead letters named, for ever; returns how many."""
+        with self._surfacing("cannot discard"):
+            return _affected(await connection.execute(self._queries.discard, list(ids)))
+
+    @contextmanager
+    def _surfacing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError) as error:
+            raise SchemaError(self._remedy(f"is not there ({error})")) from error
+        except DRIVER_ERRORS as error:
+            raise OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}") from error
+
+
+def _chunks(rows: Sequence[_T]) -> Iterator[list[_T]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, _CHUNK)):
+        yield chunk
+
+
+def position_of(message: Message) -> int:
+    """Returns the position of a stored message."""
+    if message.position is None:
+        raise ValueError(f"message {message.id} has no position: only messages from retrieve() can be settled")
+    return message.position
+
+
+def _affected(status: str) -> int:
+    return int(status.rpartition(" ")[2])

@@ -1,0 +1,178 @@
+"""The worker between the table and the destination: `Relay`."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final, Literal
+
+import anyio
+from anyio.abc import TaskStatus
+
+from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
+from outbox._claims import CommitStrategy
+from outbox._delivery import Upcast
+from outbox._dispatcher import Dispatcher
+from outbox._errors import OutboxError, describe
+from outbox._events import Hook
+from outbox._outbox import DRIVER_ERRORS, Outbox, Pool
+from outbox._worker import Settings, Worker
+
+_DESTINATION_DOWN: Final = ExponentialBackOff(
+    initial=timedelta(milliseconds=200), maximum=timedelta(seconds=15), max_tries=-1, jitter=half_jitter
+)
+
+
+class Relay:
+    """Claims messages that were committed, hands them to a destination, and settles them.
+
+    At least once: a message is delivered if its transaction committed, and twice only where a process, a
+    connection or the server died, or a time limit passed, between the destination's answer and the settling.
+    Any number of relays may work on one table at the same time, in this process and elsewhere; none of them
+    holds a transaction open while its destination works.
+
+    It keeps two connections of the pool while it runs.
+
+    Args:
+        outbox: The table and codec.
+        pool: An asyncpg pool of at least two connections.
+        destination: Any dispatcher.
+        batch_size: How many messages one call of the destination gets at most.
+        concurrency: How many calls of the destination are under way at once. With 1 and a single relay, messages
+            go out nearly in the order of their positions; order is promised only by `order`.
+        commit: Whether delivered messages are deleted or kept, marked.
+        keep: With `CommitStrategy.MARK`, how long marked messages are kept. None keeps them until
+            `Outbox.cleanup`.
+        backoff: When a failed message is tried again, and when it is given up as a dead letter.
+        destination_backoff: How long to hold back while the destination is unavailable.
+        order: "none": competing relays.
+        upcast: Makes of each stored message those that are dispatched, settled as one. Give them ids that stay
+            the same from one delivery to the next, for example `uuid.uuid5(message.id, "1")`.
+        hooks: Called with each event.
+        dispatch_timeout: How long one call of the destination may take; after that it is cancelled and counts as
+            a failure.
+        lease: How long after its last sign of life a relay is held to be dead, and what it held is tried again.
+            The sign is given every third of it; a process that blocks its event loop for longer is taken for dead.
+        grace: How long `stop` lets deliveries finish.
+        poll_interval: The longest wait between two looks at an idle table.
+        listen: Also wake up by NOTIFY, sent by a `Notifier` in the writers' processes. It needs a third connection,
+            and a pool that leads to PostgreSQL itself or a pooler in session mode.
+
+    Raises:
+        ValueError: When a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        pool: Pool,
+        destination: Dispatcher,
+        *,
+        batch_size: int = 100,
+        concurrency: int = 4,
+        commit: CommitStrategy = CommitStrategy.DELETE,
+        keep: timedelta | None = None,
+        backoff: BackOff | None = None,
+        destination_backoff: BackOff = _DESTINATION_DOWN,
+        order: Literal["none"] = "none",
+        upcast: Upcast | None = None,
+        hooks: Iterable[Hook] = (),
+        dispatch_timeout: timedelta = timedelta(seconds=30),
+        lease: timedelta = timedelta(seconds=10),
+        grace: timedelta = timedelta(seconds=10),
+        poll_interval: timedelta = timedelta(milliseconds=100),
+        listen: bool = False,
+    ) -> None:
+        for name, number in (("batch_size", batch_size), ("concurrency", concurrency)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, not {number!r}")
+        durations = {"dispatch_timeout": dispatch_timeout, "lease": lease, "grace": grace}
+        for name, duration in {**durations, "poll_interval": poll_interval}.items():
+            if duration <= timedelta():
+                raise ValueError(f"{name} must be longer than zero, not {duration!r}")
+        if keep is not None and commit is not CommitStrategy.MARK:
+            raise ValueError("keep is for marked messages: it needs commit=CommitStrategy.MARK")
+        if order != "none":
+            raise ValueError(f"order must be 'none', not {order!r}")
+        self._settings = Settings(
+            outbox=outbox,
+            pool=pool,
+            destination=destination,
+            batch_size=batch_size,
+            concurrency=concurrency,
+            commit=commit,
+            keep=keep,
+            backoff=ExponentialBackOff() if backoff is None else backoff,
+            destination_backoff=destination_backoff,
+            upcast=upcast,
+            hooks=tuple(hooks),
+            poll_interval=poll_interval,
+            listen=listen,
+            **durations,
+        )
+        self._worker: Worker | None = None
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Relays until `stop` is called or the task is cancelled.
+
+        It is ready (`task_status.started()`) when it has reached the database and begins to claim. It outlives the
+        database: it reconnects for ever. A cancellation ends running deliveries at once, and their messages are
+        delivered again; `stop` lets them finish.
+
+        Raises:
+            SchemaError: When the tables are missing, older or newer than this version of the library.
+            OutboxError: When the database refuses for a reason that time does not heal, a missing privilege say.
+            RuntimeError: When it is running already.
+        """
+        if self._worker is not None:
+            raise RuntimeError("this relay is running already: make another Relay for a second one")
+        self._require_connections()
+        self._worker = Worker(self._settings)
+        try:
+            with surfacing_alone(f"the relay of {self._settings.outbox!r} cannot go on"):
+                await self._worker.run(task_status)
+        finally:
+            self._worker = None
+
+    async def run_once(self) -> int:
+        """Delivers one batch, if there is one, and returns how many messages were delivered.
+
+        Fresh messages come first, then those that are due again, then the suspects of a crash, one by one. What
+        fails waits for its next attempt, as in `run`. It may be called while `run` is running, here or elsewhere.
+
+        Raises:
+            SchemaError: When the tables are missing, older or newer than this version of the library.
+            OutboxError: When the database refuses or is away.
+        """
+        self._require_connections()
+        with surfacing_alone(f"the relay of {self._settings.outbox!r} cannot deliver"):
+            return await Worker(self._settings).run_once()
+
+    async def stop(self) -> None:
+        """Stops the relay: no more claims, running deliveries get the grace period, everything known is settled.
+
+        It returns when `run` is about to, within the grace period even if the database does not answer. What
+        could not be delivered is due at once, for any relay. It does nothing when the relay is not running.
+        """
+        if self._worker is not None:
+            await self._worker.stop()
+
+    def _require_connections(self) -> None:
+        wanted = 3 if self._settings.listen else 2
+        if self._settings.pool.get_max_size() < wanted:
+            raise ValueError(f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}")
+
+
+@contextmanager
+def surfacing_alone(what: str) -> Iterator[None]:
+    """Raises the one error that ended a group of tasks as itself, and the driver's as this library's."""
+    try:
+        yield
+    except BaseException as error:
+        cause = error
+        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+            cause = cause.exceptions[0]
+        if isinstance(cause, (*DRIVER_ERRORS, TimeoutError)):
+            raise OutboxError(f"{what}: {describe(cause)}") from cause
+        if cause is not error:
+            raise cause from None
+        raise

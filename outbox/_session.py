@@ -1,0 +1,84 @@
+"""A connection of the pool, kept by a relay: one short transaction at a time, and never an await without a limit."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import anyio
+import asyncpg
+from asyncpg.pool import PoolConnectionProxy
+
+from outbox._outbox import DRIVER_ERRORS, Connection, Pool
+
+_CLOSE_SECONDS: Final = 1.0
+
+# SQLSTATEs that time does not heal: wrong data, broken constraints, no such table, no such privilege.
+_HOPELESS: Final = ("22", "23", "28", "3D", "3F", "42")
+
+
+class Session:
+    """Runs transactions on one connection, replacing it whenever it is in doubt.
+
+    A transaction that fails, is cancelled or misses its limit costs the connection: it is terminated, never
+    closed, since closing waits for an answer. A limit that was missed is doubled for the next transaction, so
+    that a slow database is not taken for a dead one for ever.
+
+    Args:
+        pool: Where the connection comes from.
+        begin: The statement that opens a transaction.
+        limit: Seconds for a transaction, the wait for a connection included.
+    """
+
+    def __init__(self, pool: Pool, begin: str, limit: float) -> None:
+        self._pool = pool
+        self._begin = begin
+        self._limit = self._usual_limit = limit
+        self._connection: PoolConnectionProxy[Any] | None = None
+        self._lock = anyio.Lock()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """Opens a transaction, commits it at the end, and rolls it back when anything is raised.
+
+        Raises:
+            TimeoutError: When the limit has passed.
+        """
+        async with self._lock:
+            try:
+                with anyio.fail_after(self._limit):
+                    if self._connection is None:
+                        self._connection = await self._pool.acquire()
+                    await self._connection.execute(self._begin)
+                    yield self._connection
+                    await self._connection.execute("COMMIT")
+                self._limit = self._usual_limit
+            except BaseException as error:
+                if isinstance(error, TimeoutError):
+                    self._limit *= 2
+                await self._abandon()
+                raise
+
+    async def close(self, *, in_doubt: bool) -> None:
+        """Gives the connection back to the pool; terminates it when the server may not answer any more."""
+        if in_doubt or self._lock.locked():
+            await self._abandon()
+        elif self._connection is not None:
+            connection, self._connection = self._connection, None
+            with anyio.CancelScope(shield=True), suppress(*DRIVER_ERRORS, TimeoutError):
+                # The pool resets it, which asks the server; without an answer the pool terminates it.
+                await self._pool.release(connection, timeout=_CLOSE_SECONDS)
+
+    async def _abandon(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(asyncpg.InterfaceError):  # when the server died the pool may have taken it back already
+                connection.terminate()
+            with anyio.CancelScope(shield=True):
+                await self._pool.release(connection)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Says whether trying again may help: the database went away, refused for now, or did not answer in time."""
+    if isinstance(error, asyncpg.PostgresError):
+        return not (error.sqlstate or "").startswith(_HOPELESS)
+    return isinstance(error, (*DRIVER_ERRORS, TimeoutError))
