@@ -10,9 +10,9 @@ from uuid import UUID, uuid4
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox, position_of
 
-_EVER: Final = datetime(1, 1, 1, tzinfo=UTC)
 _LOWEST: Final = -(2**63)
 """Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
+_EVER: Final = datetime(1, 1, 1, tzinfo=UTC), _LOWEST
 
 
 class CommitStrategy(Enum):
@@ -202,23 +202,28 @@ class Claims:
             await connection.execute(self._queries.drop_claims, [row["upto"] for row in rows])
         await connection.execute(self._queries.let_go, self.owner, list(waiting))
 
-    async def claim_due(self, connection: Connection, limit: int) -> list[Batch]:
-        """Claims waiting messages whose time has come: the suspects of a batch each as a batch of its own."""
+    async def claim_due(self, connection: Connection, limit: int) -> tuple[list[Batch], bool]:
+        """Claims waiting messages whose time has come, the suspects of a batch each as a batch of its own.
+
+        Returns the batches, and whether there may be more.
+        """
         if limit < 1:
-            return []
+            return [], True
         owner = self.owner
-        rows = await connection.fetch(self._queries.claim_due, owner, self._due_from, False, limit)
+        rows = await connection.fetch(self._queries.claim_due, owner, *self._due_from, limit)
         rows.sort(key=lambda row: (row["due_at"], row["position"]))
-        self._due_from = rows[-1]["due_at"] if len(rows) == limit else _EVER
+        more = len(rows) == limit
+        # Behind what was just claimed lie dead rows: the next search begins beyond them, until one comes back short.
+        self._due_from = (rows[-1]["due_at"], rows[-1]["position"]) if more else _EVER
         company = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is None]
         alone = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is not None]
-        batches = [Batch(owner, [message], suspect=Suspect.BATCH) for message in alone]
-        return [Batch(owner, company), *batches] if company else batches
+        batches = [Batch(owner, company)] if company else []
+        return batches + [Batch(owner, [message], suspect=Suspect.BATCH) for message in alone], more
 
     async def claim_crash_suspect(self, connection: Connection) -> Batch | None:
         """Claims one suspect of a crash, counting the attempt."""
         owner = self.owner
-        row = await connection.fetchrow(self._queries.claim_due, owner, _EVER, True, 1)
+        row = await connection.fetchrow(self._queries.claim_crash_suspect, owner)
         if row is None:
             return None
         return Batch(owner, [Message._stored(self._codec, *row[:-2])], suspect=Suspect.CRASH)

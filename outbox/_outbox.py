@@ -81,7 +81,7 @@ class Outbox:
     transaction if one is open. An object may be used by any number of tasks at once.
 
     Args:
-        table: The table's name, at most 51 bytes; it is quoted, so any name will do. The tables beside it have
+        table: The table's name, at most 49 bytes; it is quoted, so any name will do. The tables beside it have
             this name and a suffix: _waiting, _dead, _relays, _claims, _version.
         schema: The schema's name, quoted too.
         codec: How payloads become bytes.

@@ -8,13 +8,16 @@ is one statement with arrays. And nothing relies on the session: settings are lo
 from hashlib import sha256
 from typing import Final
 
-# PostgreSQL cuts identifiers after 63 bytes, silently; the longest name made from a table's is table_waiting_due.
+# PostgreSQL cuts identifiers after 63 bytes, silently; the longest name made from a table's is table_waiting_crash.
 _LONGEST_IDENTIFIER: Final = 63
-_LONGEST_TABLE: Final = _LONGEST_IDENTIFIER - len("_waiting_due")
+_LONGEST_TABLE: Final = _LONGEST_IDENTIFIER - len("_waiting_crash")
 
 # What makes the rows of a message, in the order of Message._stored. The time is sent as the eight bytes it is:
 # decoding it in the driver costs as much as all other columns together, and most destinations never read it.
 _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(recorded_at) AS recorded_at"
+
+_HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
+                w.attempts, w.suspect, w.due_at"""
 
 
 class Queries:
@@ -38,6 +41,7 @@ class Queries:
         names["sequence"] = names.pop("position")
         names["sequence_text"] = _literal(names["sequence"])
         names["waiting_due"] = _quoted(f"{table}_waiting_due")
+        names["waiting_crash"] = _quoted(f"{table}_waiting_crash")
         outbox, waiting, dead = names["outbox"], names["waiting"], names["dead"]
         relays, claims, version = names["relays"], names["claims"], names["version"]
 
@@ -141,20 +145,31 @@ class Queries:
             UPDATE {waiting} SET owner = NULL, attempts = attempts - CASE WHEN suspect = 'crash' THEN 1 ELSE 0 END
             WHERE owner = $1 AND position <> ALL($2::bigint[])"""
 
-        # Waiting messages whose time has come. A suspect of a crash is claimed by itself ($4 = 1, the others by
-        # the batch) and its attempt is counted here, before the dispatch it may not survive.
+        # Waiting messages whose time has come, beyond the last that was claimed ($2, $3). The time is that of the
+        # statement: clock_timestamp() is volatile and would make this walk over all that wait for the future.
         self.claim_due = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
             due AS (
                 SELECT position FROM {waiting}
-                WHERE due_at >= $2 AND due_at <= clock_timestamp() AND owner IS NULL
-                    AND (suspect IS NOT DISTINCT FROM 'crash') = $3 AND EXISTS (SELECT FROM alive)
+                WHERE (due_at, position) > ($2, $3) AND due_at <= statement_timestamp() AND owner IS NULL
+                    AND suspect IS DISTINCT FROM 'crash' AND EXISTS (SELECT FROM alive)
                 ORDER BY due_at, position LIMIT $4
                 FOR UPDATE SKIP LOCKED)
-            UPDATE {waiting} AS w SET owner = $1, attempts = attempts + CASE WHEN $3 THEN 1 ELSE 0 END
-            FROM due WHERE w.position = due.position
-            RETURNING w.position, w.id, w.topic, w.key, w.headers, w.payload,
-                timestamptz_send(w.recorded_at) AS recorded_at, w.attempts, w.suspect, w.due_at"""
+            UPDATE {waiting} AS w SET owner = $1 FROM due WHERE w.position = due.position
+            RETURNING {_HELD}"""
+
+        # One suspect of a crash, by an index of its own; its attempt is counted here, before the dispatch it may
+        # not survive.
+        self.claim_crash_suspect = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
+            due AS (
+                SELECT position FROM {waiting}
+                WHERE suspect = 'crash' AND due_at <= statement_timestamp() AND owner IS NULL
+                    AND EXISTS (SELECT FROM alive)
+                ORDER BY due_at, position LIMIT 1
+                FOR UPDATE SKIP LOCKED)
+            UPDATE {waiting} AS w SET owner = $1, attempts = attempts + 1 FROM due WHERE w.position = due.position
+            RETURNING {_HELD}"""
 
         # --- the relay: its settling --------------------------------------------------------------------
 

@@ -250,8 +250,9 @@ class Worker:
             if look_for_due:
                 started = monotonic()
                 # A share of their own: neither a backlog nor a crowd of retries keeps the others waiting.
-                batches += await self._claim_due(connection, self._window // 2 - len(self._held_waiting))
-                self._next_due = self._after(started, self._settings.poll_interval.total_seconds())
+                due, more = await self._claim_due(connection, self._window // 2 - len(self._held_waiting))
+                self._next_due = 0.0 if more else self._after(started, self._settings.poll_interval.total_seconds())
+                batches += due
         return self._hold(batches)
 
     async def _claim_once(self) -> list[Batch]:
@@ -261,14 +262,16 @@ class Worker:
             await self._claims.take_over(connection)
         async with self._doubting() as connection:
             batches = await self._claims.claim_fresh(connection, size, size, sweep=True)
-            return self._hold(batches or await self._claim_due(connection, size))
+            if not batches:
+                batches, _ = await self._claim_due(connection, size)
+        return self._hold(batches)
 
-    async def _claim_due(self, connection: Connection, limit: int) -> list[Batch]:
-        batches = await self._claims.claim_due(connection, limit)
+    async def _claim_due(self, connection: Connection, limit: int) -> tuple[list[Batch], bool]:
+        batches, more = await self._claims.claim_due(connection, limit)
         # One suspect of a crash at a time: if it kills this process too, it must be clear which one it was.
         if not self._holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
             batches.append(suspect)
-        return batches
+        return batches, more
 
     @asynccontextmanager
     async def _doubting(self) -> AsyncIterator[Connection]:
@@ -415,6 +418,7 @@ class Worker:
         if settlement.crash_suspects:
             self._holds_crash_suspect = False
             self._next_due = 0.0
+        self._wake.set()  # there is room for more of those that are due
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 

@@ -94,6 +94,7 @@ async def test_leaves_nothing_behind_when_its_task_is_cancelled_again_and_again(
             await asyncio.Event().wait()
 
     task = asyncio.create_task(body())
+    task.add_done_callback(lambda _: up.set())
     await up.wait()
     while not task.done():
         task.cancel()

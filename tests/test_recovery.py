@@ -141,18 +141,19 @@ async def test_a_server_killed_five_times_loses_nothing_and_the_relay_is_back_wi
     traffic = Traffic(server.dsn, outbox)
     await traffic.prepare()
     kills: list[float] = []
-    async with relaying(server.dsn, outbox, batch_size=_BATCH) as recorder, asyncio.TaskGroup() as group:
-        group.create_task(traffic.run(until=enough))
-        for _ in range(5):
-            for _ in range(20):
-                await recorder.next()
-            await server.kill()
-            kills.append(monotonic())
-            await server.start()
-            back = monotonic()
-            assert await recorder.next() - back < 5
-        enough.set()
-        committed = await _patiently(traffic.committed)
+    async with relaying(server.dsn, outbox, batch_size=_BATCH) as recorder:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(traffic.run(until=enough))
+            for _ in range(5):
+                for _ in range(20):
+                    await recorder.next()
+                await server.kill()
+                kills.append(monotonic())
+                await server.start()
+                back = monotonic()
+                assert await recorder.next() - back < 5
+            enough.set()
+        committed = await traffic.committed()
         await recorder.all_of(committed)
     twice = assert_all_delivered(committed, traffic, recorder.ids)
     # A settle is not flushed at once: what was delivered in the last moments before a kill may come again.
@@ -163,19 +164,20 @@ async def test_a_server_killed_five_times_loses_nothing_and_the_relay_is_back_wi
 async def test_cut_and_silenced_connections_lose_nothing(dsn: str, outbox: Outbox, proxy: FaultProxy) -> None:
     traffic, enough = Traffic(dsn, outbox), asyncio.Event()
     await traffic.prepare()
-    async with relaying(proxy.dsn(dsn), outbox, batch_size=_BATCH) as recorder, asyncio.TaskGroup() as group:
-        group.create_task(traffic.run(until=enough))
-        for _ in range(5):
-            await recorder.next()
-            proxy.reset()
-            await recorder.next()
-        for _ in range(2):
-            proxy.black_hole()
-            await traffic.attempts(500)
-            proxy.heal()
-            back = monotonic()
-            assert await recorder.next() - back < 5
-        enough.set()
+    async with relaying(proxy.dsn(dsn), outbox, batch_size=_BATCH) as recorder:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(traffic.run(until=enough))
+            for _ in range(5):
+                await recorder.next()
+                proxy.reset()
+                await recorder.next()
+            for _ in range(2):
+                proxy.black_hole()
+                await traffic.attempts(500)
+                proxy.heal()
+                back = monotonic()
+                assert await recorder.next() - back < 5
+            enough.set()
         committed = await traffic.committed()
         await recorder.all_of(committed)
     assert_all_delivered(committed, traffic, recorder.ids)
@@ -198,12 +200,3 @@ async def _migrate(server: Server, outbox: Outbox) -> None:
     connection = await asyncpg.connect(server.dsn)
     await outbox.migrate(connection)
     await connection.close()
-
-
-async def _patiently(ask: Any) -> Any:
-    """Asks again while the server is coming back."""
-    while True:
-        try:
-            return await ask()
-        except (asyncpg.PostgresError, OSError):
-            await asyncio.sleep(0.05)

@@ -33,9 +33,13 @@ CREATE TABLE {waiting} (
     owner       uuid,
     error       text,
     PRIMARY KEY (position)
-) WITH (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0,
-        toast_tuple_target = 8160);
+) WITH (
+    fillfactor = 70, -- a claim changes the owner only, which then needs no new index entry
+    autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0,
+    toast_tuple_target = 8160
+);
 CREATE INDEX {waiting_due} ON {waiting} (due_at, position);
+CREATE INDEX {waiting_crash} ON {waiting} (due_at, position) WHERE suspect = 'crash';
 
 -- Dead letters: what gave up, with its last error. Nothing is deleted from here but by redrive and discard.
 CREATE TABLE {dead} (
