@@ -36,11 +36,12 @@ class Suspect(Enum):
 class Claim:
     """Fresh messages that were claimed together, until the last of them is settled."""
 
-    __slots__ = ("outstanding", "upto")
+    __slots__ = ("outstanding", "size", "upto")
 
-    def __init__(self, upto: int, outstanding: int) -> None:
+    def __init__(self, upto: int, messages: Sequence[Message]) -> None:
         self.upto = upto
-        self.outstanding = outstanding
+        self.outstanding = len(messages)
+        self.size = sum(len(message.body) for message in messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +185,9 @@ class Claims:
         if len(claimed["positions"]) < len(rows):
             mine = set(claimed["positions"])
             rows = [row for row in rows if row[0] in mine]
-        stored, codec, claim = Message._stored, self._codec, Claim(claimed["upto"], len(rows))
+        stored, codec = Message._stored, self._codec
         messages = [stored(codec, *row) for row in rows]
+        claim = Claim(claimed["upto"], messages)
         return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
 
     async def reconcile(self, connection: Connection, claims: Iterable[int], waiting: Iterable[int]) -> None:

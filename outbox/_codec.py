@@ -6,8 +6,9 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import date, datetime, time
-from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 import orjson
@@ -40,7 +41,8 @@ class JsonCodec:
 
     A payload of a mapped type is decoded back into that type; every other payload, and every unknown
     name, is plain JSON: dicts, lists, strings, numbers. Dataclasses, pydantic models and msgspec structs
-    can be mapped. NaN and the infinities are refused, since JSON has no word for them.
+    can be mapped; pydantic and msgspec check what they decode, a dataclass takes its fields as they come. NaN and
+    the infinities are refused, since JSON has no word for them.
 
     Args:
         types: The type of each name. Several names may lead to one type (old names after a rename);
@@ -61,7 +63,8 @@ class JsonCodec:
         options: int = 0,
         default: Callable[[Any], Any] | None = None,
     ) -> None:
-        self._from_document = {name: _converter(cls) for name, cls in (types or {}).items()}
+        known: dict[Any, _Convert] = {}
+        self._from_document = {name: _converter(cls, known) for name, cls in (types or {}).items()}
         self._names: dict[type, str] = {}
         for name, cls in (types or {}).items():
             self._names.setdefault(cls, name)
@@ -75,7 +78,8 @@ class JsonCodec:
             body = orjson.dumps(payload, self._plain, self._options)
         except (TypeError, ValueError, RecursionError) as error:
             raise CodecError(self._explain(payload, error)) from error
-        if b"null" in body and (path := _non_finite(payload)):
+        # orjson writes null for what is not finite: only where there is a null it is worth to look.
+        if b"null" in body and (path := self._not_finite(payload)):
             raise CodecError(f"{path} is not finite: JSON cannot say NaN or infinity, send a string or None")
         return self._names.get(type(payload)), body
 
@@ -97,18 +101,18 @@ class JsonCodec:
 
     def _plain(self, value: Any) -> Any:
         if dump := getattr(value, "model_dump", None):
-            return dump(mode="json")
+            return dump(mode="json", by_alias=True)
         if hasattr(value, "__struct_fields__"):
-            return sys.modules["msgspec"].to_builtins(value)
+            return sys.modules["msgspec"].to_builtins(value, str_keys=True)
         if self._default:
             return self._default(value)
         raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
 
     def _explain(self, payload: Any, error: Exception) -> str:
         # orjson does not say where it failed, so walk to the smallest part that fails by itself.
-        path, value, depth = "$", payload, 0
-        while True:
-            for step, child in _children(value):
+        path, value = "$", payload
+        for _ in range(_DEEPEST_PATH):
+            for step, child in self._children(value):
                 try:
                     orjson.dumps(child, self._plain, self._options)
                 except (TypeError, ValueError, RecursionError) as inner:
@@ -116,90 +120,120 @@ class JsonCodec:
                     break
             else:
                 return f"{path} ({type(value).__name__}) has no JSON form: {error}"
-            depth += 1
-            if depth > _DEEPEST_PATH:
-                return f"{path[:80]}… is nested too deeply, or contains itself"
+        return f"{path[:80]}… is nested too deeply, or contains itself"
+
+    def _not_finite(self, value: Any, path: str = "$") -> str | None:
+        if isinstance(value, float):
+            return None if math.isfinite(value) else path
+        children = self._children(value)
+        return next((found for step, child in children if (found := self._not_finite(child, path + step))), None)
+
+    def _children(self, value: Any) -> Iterator[tuple[str, Any]]:
+        """What a value consists of, each with its step of the path."""
+        if isinstance(value, dict):
+            yield from ((f"[{name!r}]", child) for name, child in value.items())
+        elif isinstance(value, list | tuple):
+            yield from ((f"[{index}]", child) for index, child in enumerate(value))
+        elif isinstance(value, type | str | bytes | int | float | None | date | time | UUID):
+            return
+        elif dataclasses.is_dataclass(value):
+            yield from ((f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
+        elif isinstance(value, enum.Enum):
+            yield ".value", value.value
+        elif fields := getattr(type(value), "model_fields", None) or getattr(value, "__struct_fields__", None):
+            yield from ((f".{name}", getattr(value, name)) for name in fields)
+        elif self._default:
+            with suppress(Exception):  # what it raises is told by the encoding itself
+                yield "", self._default(value)
 
 
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        yield from ((f"[{name!r}]", child) for name, child in value.items())
-    elif isinstance(value, list | tuple):
-        yield from ((f"[{index}]", child) for index, child in enumerate(value))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((f".{field.name}", getattr(value, field.name)) for field in dataclasses.fields(value))
-
-
-def _non_finite(value: Any, path: str = "$") -> str | None:
-    if isinstance(value, float):
-        return None if math.isfinite(value) else path
-    return next((found for step, child in _children(value) if (found := _non_finite(child, path + step))), None)
-
-
-def _converter(hint: Any) -> _Convert:  # noqa: PLR0911 -- one return for each kind of type is the clearest form
+def _converter(hint: Any, known: dict[Any, _Convert]) -> _Convert:
     """Builds the function from a JSON document to a value of this type, once for each mapped type."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint in (Any, object, None, types.NoneType, bool, int, float, str, dict, list):
+    if hint in (Any, object, None, types.NoneType, bool, int, float, str, dict, list) or origin is Literal:
         return float if hint is float else _same
-    if hint in (datetime, date, time):
-        return hint.fromisoformat  # type: ignore[no-any-return]  # a classmethod of a type known by value only
     if origin in (Union, types.UnionType):
-        return _optional(hint, arguments)
-    if origin in (list, set, frozenset, tuple) or hint in (tuple, set, frozenset):
-        return _sequence(origin or hint, arguments)
-    if origin is dict or origin is Mapping:
-        value = _converter(arguments[1])
-        return lambda document: {name: value(child) for name, child in document.items()}
+        return _optional(hint, arguments, known)
+    if origin in _SEQUENCES or hint in _SEQUENCES:
+        return _sequence(origin or hint, arguments, known)
+    if origin in (dict, Mapping):
+        return _mapping(_key(arguments[0]), _converter(arguments[1], known))
     if isinstance(hint, type):
-        return _class(hint)
-    if origin is not None and str(origin) == "typing.Literal":
-        return _same
+        return _class(hint, known)
     raise CodecError(_unsupported(hint))
+
+
+_SEQUENCES = (list, set, frozenset, tuple)
 
 
 def _same(document: Any) -> Any:
     return document
 
 
-def _optional(hint: Any, arguments: tuple[Any, ...]) -> _Convert:
+def _optional(hint: Any, arguments: tuple[Any, ...], known: dict[Any, _Convert]) -> _Convert:
     others = [argument for argument in arguments if argument is not types.NoneType]
-    converters = [_converter(argument) for argument in others]
-    if len(converters) == 1:
-        only = converters[0]
-        return lambda document: None if document is None else only(document)
-    if all(converter is _same for converter in converters):
+    if all(argument in (bool, int, float, str) for argument in others):
         return _same
-    raise CodecError(_unsupported(hint))
+    if len(others) > 1:
+        raise CodecError(_unsupported(hint))
+    only = _converter(others[0], known)
+    return lambda document: None if document is None else only(document)
 
 
-def _sequence(kind: Any, arguments: tuple[Any, ...]) -> _Convert:
-    if not arguments:
-        return kind  # type: ignore[no-any-return]  # list, tuple, set: a type called as a function
-    if kind is tuple and arguments[-1] is not Ellipsis:
-        items = [_converter(argument) for argument in arguments]
-        return lambda document: tuple(item(child) for item, child in zip(items, document, strict=True))
-    item = _converter(arguments[0])
-    return lambda document: kind(item(child) for child in document)
+def _sequence(kind: Any, arguments: tuple[Any, ...], known: dict[Any, _Convert]) -> _Convert:
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        items = [_converter(argument, known) for argument in arguments]
+        return lambda document: tuple(item(child) for item, child in zip(items, _expect(list, document), strict=True))
+    item = _converter(arguments[0], known) if arguments else _same
+    return lambda document: kind(item(child) for child in _expect(list, document))
 
 
-def _class(cls: type) -> _Convert:
-    if validate := getattr(cls, "model_validate", None):
-        return validate  # type: ignore[no-any-return]  # pydantic's, present only when it is installed
+def _mapping(key: _Convert, value: _Convert) -> _Convert:
+    return lambda document: {key(name): value(child) for name, child in _expect(dict, document).items()}
+
+
+def _key(hint: Any) -> _Convert:
+    # In JSON every key is a text; these are the types of keys that orjson's OPT_NON_STR_KEYS writes, but for float.
+    return int if hint is int else _converter(hint, {})
+
+
+def _expect(kind: type, document: Any) -> Any:
+    if not isinstance(document, kind):
+        raise TypeError(f"a JSON {'array' if kind is list else 'object'} was expected, not {document!r:.40}")
+    return document
+
+
+def _class(cls: Any, known: dict[Any, _Convert]) -> _Convert:
+    if hasattr(cls, "model_validate_json"):
+        return lambda document: cls.model_validate_json(orjson.dumps(document))
     if hasattr(cls, "__struct_fields__"):
-        convert = sys.modules["msgspec"].convert
-        return lambda document: convert(document, cls)
+        decode = sys.modules["msgspec"].json.decode
+        return lambda document: decode(orjson.dumps(document), type=cls)
+    if cls in (datetime, date, time):
+        return cls.fromisoformat  # type: ignore[no-any-return]  # a classmethod of a type known by value only
     if issubclass(cls, UUID | enum.Enum):
-        return cls
+        return cls  # type: ignore[no-any-return]  # a class called as a function
     if dataclasses.is_dataclass(cls):
-        return _dataclass(cls)
+        return _dataclass(cls, known)
     raise CodecError(_unsupported(cls))
 
 
-def _dataclass(cls: type) -> _Convert:
-    hints = get_type_hints(cls)
-    fields = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
-    # A field that is not known here was written by a newer version of the service: it is left aside.
-    return lambda document: cls(**{name: fields[name](child) for name, child in document.items() if name in fields})
+def _dataclass(cls: Any, known: dict[Any, _Convert]) -> _Convert:
+    if cls in known:
+        return known[cls]
+    fields: dict[str, _Convert] = {}
+
+    def convert(document: Any) -> Any:
+        # A field that is not known here was written by a newer version of the service: it is left aside.
+        return cls(**{name: fields[name](child) for name, child in _expect(dict, document).items() if name in fields})
+
+    known[cls] = convert  # before its fields are looked at: one of them may be of this same type
+    try:
+        hints = get_type_hints(cls)
+    except (NameError, TypeError) as error:
+        raise CodecError(f"the annotations of {cls.__qualname__} cannot be resolved: {error}") from error
+    fields |= {field.name: _converter(hints[field.name], known) for field in dataclasses.fields(cls) if field.init}
+    return convert
 
 
 def _unsupported(hint: Any) -> str:

@@ -40,7 +40,7 @@ async def deliver(
     """Dispatches the messages as one batch; returns the failures by position, and none means all were accepted."""
     failures: dict[int, Failure] = {}
     outgoing = messages
-    origin: dict[UUID, int] = {}
+    origin: list[tuple[UUID, int]] = []
     if upcast:
         outgoing, origin, failures = _upcast(upcast, messages)
     if not outgoing:
@@ -49,21 +49,22 @@ async def deliver(
         with anyio.fail_after(limit.total_seconds()):
             await destination.dispatch(*outgoing)
     except PartialDispatchError as error:
-        positions = origin or {message.id: position_of(message) for message in messages}
-        for name, reason in error.failures.items():
-            if (position := positions.get(name)) is not None:
-                failures[position] = Failure(reason, shared=False)
+        for name, position in origin or [(message.id, position_of(message)) for message in messages]:
+            if name in error.failures:
+                failures[position] = Failure(error.failures[name], shared=False)
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             raise
-        sent = set(origin.values()) if upcast else {position_of(message) for message in messages}
+        sent = {position for _, position in origin} or {position_of(message) for message in messages}
         failures |= {position: Failure(error, shared=len(sent) > 1) for position in sent}
     return failures
 
 
-def _upcast(upcast: Upcast, messages: Sequence[Message]) -> tuple[list[Message], dict[UUID, int], dict[int, Failure]]:
+def _upcast(
+    upcast: Upcast, messages: Sequence[Message]
+) -> tuple[list[Message], list[tuple[UUID, int]], dict[int, Failure]]:
     outgoing: list[Message] = []
-    origin: dict[UUID, int] = {}
+    origin: list[tuple[UUID, int]] = []
     failures: dict[int, Failure] = {}
     for message in messages:
         try:
@@ -72,7 +73,7 @@ def _upcast(upcast: Upcast, messages: Sequence[Message]) -> tuple[list[Message],
             failures[position_of(message)] = Failure(error, shared=False)
             continue
         outgoing += made
-        origin |= {one.id: position_of(message) for one in made}
+        origin += [(one.id, position_of(message)) for one in made]
     return outgoing, origin, failures
 
 

@@ -122,8 +122,13 @@ class TranslatingDispatcher:
         try:
             await self._inner.dispatch(*translated)
         except PartialDispatchError as error:
-            origin = {new.id: old.id for old, new in zip(messages, translated, strict=True)}
-            raise PartialDispatchError({origin.get(name, name): e for name, e in error.failures.items()}) from error
+            # Two translations may share an id; then both of their origins failed.
+            failures = {
+                old.id: error.failures[new.id]
+                for old, new in zip(messages, translated, strict=True)
+                if new.id in error.failures
+            }
+            raise PartialDispatchError(failures) from error
 
 
 class HandlerDispatcher:

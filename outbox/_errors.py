@@ -50,6 +50,9 @@ class PartialDispatchError(DispatchError):
         example = f", the first is {first[0]}: {describe(first[1])}" if first else ""
         super().__init__(f"{len(self.failures)} of the batch failed{example}")
 
+    def __reduce__(self) -> tuple[type["PartialDispatchError"], tuple[dict[UUID, BaseException]]]:
+        return type(self), (self.failures,)
+
 
 class RejectedError(DispatchError):
     """Raised by a destination for a message that can never succeed: it becomes a dead letter at once.

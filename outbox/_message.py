@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final, Self
 from uuid import UUID
@@ -15,14 +16,16 @@ from outbox._errors import CodecError
 
 _PLAIN: Final = JsonCodec()
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
+_FIRST: Final = datetime.min.replace(tzinfo=UTC)
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
 _POSTGRES_EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
 
 
-class _Missing:
-    pass
+class _Missing(Enum):  # of an Enum there is one member only, whoever copies or pickles it
+    PAYLOAD = "not decoded yet"
 
 
-_MISSING: Final = _Missing()
+_MISSING: Final = _Missing.PAYLOAD
 
 
 class Message:
@@ -73,9 +76,9 @@ class Message:
         self._id = uuid7() if id is None else id
         if not isinstance(self._id, UUID):
             raise TypeError(f"id must be a uuid.UUID, not {type(id).__name__}")
+        self._topic = self._text("topic", topic)
         if not topic:
             raise ValueError(f"message {self._id}: topic must not be empty")
-        self._topic = self._text("topic", topic)
         self._key = None if key is None else self._text("key", key)
         self._headers: Mapping[str, str] | str = self._checked(headers)
         self._recorded_at: datetime | bytes | None = self._aware("recorded_at", recorded_at)
@@ -116,6 +119,8 @@ class Message:
     @property
     def id(self) -> UUID:
         """Identifies the message through every retry and duplicate."""
+        if type(self._id) is not UUID:  # the driver's own subclass, which other libraries do not know
+            self._id = UUID(int=self._id.int)
         return self._id
 
     @property
@@ -142,7 +147,10 @@ class Message:
             # PostgreSQL's binary timestamptz: microseconds since 2000-01-01 UTC, big-endian. Decoded only when
             # somebody asks, since the driver's own decoding costs as much as all other columns together.
             microseconds = int.from_bytes(self._recorded_at, signed=True)
-            self._recorded_at = _POSTGRES_EPOCH + timedelta(microseconds=microseconds)
+            try:
+                self._recorded_at = _POSTGRES_EPOCH + timedelta(microseconds=microseconds)
+            except OverflowError:  # PostgreSQL's infinities, which stand for Python's first and last moment
+                self._recorded_at = _LAST if microseconds > 0 else _FIRST
         return self._recorded_at
 
     @property
@@ -200,8 +208,7 @@ class Message:
 
     def _encode(self, codec: Codec) -> tuple[str, bytes]:
         """Returns the headers as a JSON text, with the codec's type name, and the body."""
-        if self._payload is _MISSING:  # a stored message on its way into another table: its bytes are forwarded
-            assert self._body is not None
+        if self._position is not None and self._body is not None:  # into another table: its bytes are forwarded
             name, body = None, self._body
         else:
             try:
@@ -236,7 +243,7 @@ class Message:
         if value is not None:
             if not isinstance(value, datetime):
                 raise TypeError(f"message {self._id}: {name} must be a datetime, not {type(value).__name__}")
-            if value.tzinfo is None:
+            if value.utcoffset() is None:
                 raise ValueError(f"message {self._id}: {name} has no time zone: use datetime.now(UTC) or the like")
         return value
 
@@ -244,11 +251,25 @@ class Message:
         if not isinstance(other, Message):
             return NotImplemented
         # The codec adds the header `type` on the way, so it is no part of what makes two messages equal.
-        mine, theirs = ((m.id, m.topic, m.key, {**m.headers, "type": ""}, m.payload) for m in (self, other))
-        return mine == theirs
+        return (
+            (self.id, self.topic, self.key) == (other.id, other.topic, other.key)
+            and {**self.headers, "type": ""} == {**other.headers, "type": ""}
+            and bool(self.payload == other.payload)
+        )
 
     def __hash__(self) -> int:
         return hash(self._id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what a copy needs, in this process or another: the payload, decoded, instead of the codec."""
+        state = {slot: getattr(self, slot) for slot in Message.__slots__}
+        return state | {"_payload": self.payload, "_headers": dict(self.headers), "_codec": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for slot, value in state.items():
+            setattr(self, slot, value)
+        self._headers = MappingProxyType(state["_headers"])
+        self._codec = _PLAIN
 
     def __repr__(self) -> str:
         # No payload and no headers: a repr ends in logs, and they may hold what must not be logged.

@@ -1,12 +1,12 @@
 """The table as an object: `Outbox`, every verb of which takes the connection first."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.resources import files
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
 import asyncpg
@@ -26,8 +26,6 @@ DRIVER_ERRORS: Final = (
 )
 """Everything the driver may raise when the database refuses or is gone."""
 
-_T = TypeVar("_T")
-
 # asyncpg's classes are generic for a type checker only.
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[Any] | PoolConnectionProxy[Any]
@@ -36,8 +34,11 @@ else:
     Connection = asyncpg.Connection | PoolConnectionProxy
     Pool = asyncpg.Pool
 
-# Well below what one message of the protocol can hold, and above what anybody writes in one transaction every day.
-_CHUNK: Final = 5_000
+# Rows and bytes of one statement. The protocol allows 32,767 parameters, seven for a row, and 1 GB.
+_CHUNK: Final = 4_096
+_CHUNK_BYTES: Final = 64 * 1024 * 1024
+_BODY: Final = 4
+"""Where in a row the body is."""
 
 _MIGRATIONS: Final = tuple(
     entry.read_text(encoding="utf-8")
@@ -123,7 +124,9 @@ class Outbox:
         """
         queries = self._queries
         with self._surfacing("cannot migrate"):
-            async with connection.transaction():
+            # The lock must come before the snapshot, which a stricter isolation would take first of all.
+            isolation: Any = None if connection.is_in_transaction() else "read_committed"
+            async with connection.transaction(isolation=isolation):
                 await connection.execute(queries.lock_migration)
                 if not await connection.fetchval(queries.schema_exists):
                     await connection.execute(queries.create_schema)
@@ -132,15 +135,16 @@ class Outbox:
                 self._refuse_newer(current)
                 for version, script in enumerate(_MIGRATIONS[current:], current + 1):
                     await connection.execute(script.format(**queries.names))
-                    await connection.execute(queries.record_version, version)
+                    await connection.execute(queries.record_version.format(version))
         return len(_MIGRATIONS)
 
     def schema_sql(self) -> str:
         """Returns what `migrate` would run on an empty database, for those who run their own migrations."""
-        parts = [f"{self._queries.create_version.strip()};"]
+        names = self._queries.names
+        parts = [] if self.schema == "public" else [f"CREATE SCHEMA IF NOT EXISTS {self._queries.schema};"]
+        parts.append(f"{self._queries.create_version.strip()};")
         for version, script in enumerate(_MIGRATIONS, 1):
-            record = self._queries.record_version.replace("$1", str(version))
-            parts += [script.format(**self._queries.names).strip(), f"{record};"]
+            parts += [script.format(**names).strip(), f"{self._queries.record_version.format(version)};"]
         return "\n\n".join(parts) + "\n"
 
     async def check(self, connection: Connection) -> None:
@@ -181,18 +185,27 @@ class Outbox:
             if len(fresh) == 1:
                 await connection.execute(self._queries.insert, *fresh[0])
             else:
-                await self._insert(connection, self._queries.insert_many, fresh)
+                await self._insert(connection, "outbox", fresh)
             if len(fresh) < len(rows):
-                await self._insert(connection, self._queries.insert_waiting, [row for row in rows if row[-1]])
+                # Delayed messages go straight to where they wait, and are never in the way of fresh ones.
+                await self._insert(connection, "waiting", [row for row in rows if row[-1]])
 
     def _row(self, message: Message) -> tuple[Any, ...]:
+        if not isinstance(message, Message):
+            raise TypeError(f"only a Message can be written, not {type(message).__name__}: nothing was written")
         headers, body = message._encode(self.codec)
-        recorded_at = message.recorded_at or (self._clock() if self._clock else None)
+        recorded_at = message.recorded_at or (
+            message._aware("the clock's time", self._clock()) if self._clock else None
+        )
         return message.id, message.topic, message.key, headers, body, recorded_at, message.due_at
 
-    async def _insert(self, connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    async def _insert(
+        self, connection: Connection, table: Literal["outbox", "waiting"], rows: Sequence[tuple[Any, ...]]
+    ) -> None:
         for chunk in _chunks(rows):
-            await connection.execute(statement, *map(list, zip(*chunk, strict=True)))
+            size = 1 << (len(chunk) - 1).bit_length()  # the next power of two
+            filling = repeat(None, (size - len(chunk)) * len(chunk[0]))
+            await connection.execute(self._queries.insert_many(table, size), *chain.from_iterable(chunk), *filling)
 
     # --- reading and settling, for relays of your own and for operators -----------------------------------
 
@@ -239,25 +252,27 @@ class Outbox:
 
     # --- dead letters -----------------------------------------------------------------------------------
 
-    async def dead_letters(self, connection: Connection, *ids: UUID, limit: int = 100) -> list[DeadLetter]:
-        """Returns up to `limit` dead letters in the order of their positions: those named, or any."""
+    async def dead_letters(
+        self, connection: Connection, ids: Iterable[UUID] | None = None, *, limit: int = 100
+    ) -> list[DeadLetter]:
+        """Returns up to `limit` dead letters in the order of their positions: those of these ids, or any."""
         with self._surfacing("cannot read the dead letters"):
-            rows = await connection.fetch(self._queries.dead_letters, limit, list(ids) or None)
+            rows = await connection.fetch(self._queries.dead_letters, limit, None if ids is None else list(ids))
         return [
             DeadLetter(Message._stored(self.codec, *row[:-2]), row["attempts"], row["error"], row["died_at"])
             for row in rows
         ]
 
-    async def redrive(self, connection: Connection, *ids: UUID) -> int:
-        """Sends dead letters, those named or all, on their way again, in order; returns how many.
+    async def redrive(self, connection: Connection, ids: Iterable[UUID] | None = None) -> int:
+        """Sends dead letters on their way again, in order: those of these ids, or all; returns how many.
 
         They are due at once, keep their id and position, and have all their attempts before them.
         """
         with self._surfacing("cannot redrive"):
-            return _affected(await connection.execute(self._queries.redrive, list(ids) or None))
+            return _affected(await connection.execute(self._queries.redrive, None if ids is None else list(ids)))
 
-    async def discard(self, connection: Connection, *ids: UUID) -> int:
-        """Deletes the dead letters named, for ever; returns how many."""
+    async def discard(self, connection: Connection, ids: Iterable[UUID]) -> int:
+        """Deletes the dead letters of these ids, for ever; returns how many."""
         with self._surfacing("cannot discard"):
             return _affected(await connection.execute(self._queries.discard, list(ids)))
 
@@ -271,9 +286,16 @@ class Outbox:
             raise OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}") from error
 
 
-def _chunks(rows: Sequence[_T]) -> Iterator[list[_T]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, _CHUNK)):
+def _chunks(rows: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    chunk: list[tuple[Any, ...]] = []
+    size = 0
+    for row in rows:
+        size += len(row[_BODY])
+        if chunk and (len(chunk) == _CHUNK or size > _CHUNK_BYTES):
+            yield chunk
+            chunk, size = [], len(row[_BODY])
+        chunk.append(row)
+    if chunk:
         yield chunk
 
 

@@ -5,8 +5,9 @@ rows that are dead but cannot be vacuumed while somebody holds an old snapshot. 
 is one statement with arrays. And nothing relies on the session: settings are local to a transaction.
 """
 
+from functools import cache
 from hashlib import sha256
-from typing import Final
+from typing import Final, Literal
 
 # PostgreSQL cuts identifiers after 63 bytes, silently; the longest name made from a table's is table_waiting_crash.
 _LONGEST_IDENTIFIER: Final = 63
@@ -18,6 +19,11 @@ _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(
 
 _HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
                 w.attempts, w.suspect, w.due_at"""
+
+# What a writer gives of a message, and the types. Delayed messages have a due time more.
+_WRITTEN: Final = ("id", "topic", "key", "headers", "payload", "recorded_at")
+_TYPES: Final = ("uuid", "text", "text", "text", "bytea", "timestamptz")
+_COLUMNS: Final = {"outbox": (_WRITTEN, _TYPES), "waiting": ((*_WRITTEN, "due_at"), (*_TYPES, "timestamptz"))}
 
 
 class Queries:
@@ -51,23 +57,6 @@ class Queries:
         self.insert = f"""
             INSERT INTO {outbox} (id, topic, key, headers, payload, recorded_at)
             VALUES ($1, $2, $3, $4, $5, COALESCE($6, clock_timestamp()))"""
-
-        # Many: one statement for any count, and positions in the order of the arguments.
-        self.insert_many = f"""
-            INSERT INTO {outbox} (id, topic, key, headers, payload, recorded_at)
-            SELECT m.id, m.topic, m.key, m.headers, m.payload, COALESCE(m.recorded_at, clock_timestamp())
-            FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::timestamptz[])
-                WITH ORDINALITY AS m (id, topic, key, headers, payload, recorded_at, ordinality)
-            ORDER BY m.ordinality"""
-
-        # Delayed messages go straight to where they wait, so that they are never in the way of fresh ones.
-        self.insert_waiting = f"""
-            INSERT INTO {waiting} (id, topic, key, headers, payload, recorded_at, due_at)
-            SELECT m.id, m.topic, m.key, m.headers, m.payload, COALESCE(m.recorded_at, clock_timestamp()), m.due_at
-            FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::timestamptz[],
-                        $7::timestamptz[])
-                WITH ORDINALITY AS m (id, topic, key, headers, payload, recorded_at, due_at, ordinality)
-            ORDER BY m.ordinality"""
 
         # --- the relay: its life ------------------------------------------------------------------------
 
@@ -271,8 +260,8 @@ class Queries:
         # One channel for each outbox; a hash, since a channel's name is cut after 63 bytes like any other.
         self.channel = "outbox_" + sha256(outbox.encode("utf-8", "replace")).hexdigest()[:24]
 
-        # One migration at a time, in this database, for this outbox.
-        self.lock_migration = f"SELECT pg_advisory_xact_lock(hashtextextended('outbox: ' || {_literal(version)}, 0))"
+        # One migration at a time in this database: two outboxes may share a schema that neither has made yet.
+        self.lock_migration = "SELECT pg_advisory_xact_lock(hashtextextended('asyncpg-outbox: migrate', 0))"
         self.schema_exists = f"SELECT EXISTS (SELECT FROM pg_catalog.pg_namespace WHERE nspname = {_literal(schema)})"
         self.create_schema = f"CREATE SCHEMA {self.schema}"
         self.create_version = f"""
@@ -280,15 +269,40 @@ class Queries:
                 version integer NOT NULL PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"""
         self.version_exists = f"SELECT to_regclass({_literal(version)}) IS NOT NULL"
         self.current_version = f"SELECT COALESCE(max(version), 0) FROM {version}"
-        self.record_version = f"INSERT INTO {version} (version) VALUES ($1)"
+        # With a place for the number: this one is printed for a script, too.
+        self.record_version = f"INSERT INTO {version.replace('{', '{{').replace('}', '}}')} (version) VALUES ({{}})"
+
+    @cache  # noqa: B019 -- a handful of texts for each outbox, of which a service has one
+    def insert_many(self, table: Literal["outbox", "waiting"], rows: int) -> str:
+        """Returns the statement that writes up to so many messages, in the order of its arguments.
+
+        A row whose id is NULL is filling: so a few statements, one for each power of two, serve every count.
+        Values rather than arrays, since for an array the driver first asks the server for its type.
+        """
+        columns, types = _COLUMNS[table]
+        width = len(columns)
+        first = ", ".join(f"${number}::{kind}" for number, kind in enumerate(types, 1))
+        others = (
+            ", ".join(f"${number}" for number in range(row * width + 1, (row + 1) * width + 1))
+            for row in range(1, rows)
+        )
+        values = "), (".join([first, *others])
+        selected = ", ".join(columns).replace("recorded_at", "COALESCE(recorded_at, clock_timestamp())")
+        return f"""
+            INSERT INTO {self.names[table]} ({", ".join(columns)})
+            SELECT {selected} FROM (VALUES ({values})) AS m ({", ".join(columns)}) WHERE id IS NOT NULL"""
 
 
 def _quoted(name: str) -> str:
-    if not name or "\0" in name:
-        raise ValueError(f"{name!r} cannot be the name of a table or schema: it is empty or contains NUL")
-    if len(name.encode("utf-8", "replace")) > _LONGEST_IDENTIFIER:
+    if not name or "\0" in name or not _is_text(name):
+        raise ValueError(f"{name!r} cannot be the name of a table or schema: it is empty, or has NUL or a surrogate")
+    if len(name.encode()) > _LONGEST_IDENTIFIER:
         raise ValueError(f"the name {name!r} is too long: PostgreSQL keeps 63 bytes of it")
     return '"' + name.replace('"', '""') + '"'
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _literal(text: str) -> str:

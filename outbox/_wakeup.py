@@ -1,7 +1,7 @@
 """Tells the relays of this process that a transaction with messages has ended, at no cost to the database."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -34,22 +34,29 @@ class Wakeup:
         if not self._listeners or identity in self._watched:
             return
 
-        def after_statement(_: object) -> None:
-            try:
-                if connection.is_in_transaction():
-                    return
+        def ended(_: object) -> None:
+            self._watched.discard(identity)
+            with suppress(asyncpg.InterfaceError):  # when it is back in its pool already, or closed
                 connection.remove_query_logger(after_statement)
-            except asyncpg.InterfaceError:
-                pass  # already back in its pool: over as well
-            if identity in self._watched:
-                self._watched.discard(identity)
+                connection.remove_termination_listener(ended)
+
+        def after_statement(_: object) -> None:
+            if identity in self._watched and not _in_transaction(connection):
+                ended(connection)
                 self._wake()
 
-        # The connection stays referenced by the closure, so its identity is its own for as long as it is watched.
+        # Both listeners refer to the connection, so its identity is its own for as long as it is watched.
         self._watched.add(identity)
         connection.add_query_logger(after_statement)
-        connection.add_termination_listener(lambda _: self._watched.discard(identity))
+        connection.add_termination_listener(ended)
 
     def _wake(self) -> None:
         for listener in tuple(self._listeners):
             listener()
+
+
+def _in_transaction(connection: Any) -> bool:
+    try:
+        return bool(connection.is_in_transaction())
+    except asyncpg.InterfaceError:  # back in its pool
+        return False

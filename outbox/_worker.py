@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from outbox._events import (
     RelayStarted,
     RelayStopped,
 )
+from outbox._holdings import Holdings
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox, Pool, position_of
 from outbox._session import Session, is_transient
@@ -46,8 +48,8 @@ _FLOOR_INTERVAL: Final = 0.25
 """Seconds between two attempts to raise the floor."""
 _SHARE: Final = 20
 """A search over rows that may be dead takes at most about one part in this many of the time."""
-_SMALLEST_WINDOW: Final = 200
-"""Messages held at least, so that small batches are not claimed one by one."""
+_SETTLE_SECONDS: Final = 2.0
+"""How long the last settling may take when the relay was cancelled rather than stopped."""
 _CLEANUP_LIMIT: Final = 1_000
 """Messages deleted by one statement of the cleanup."""
 _DATABASE_DOWN: Final = ExponentialBackOff(
@@ -84,7 +86,7 @@ class Worker:
         self._settings = settings
         self._lease = settings.lease.total_seconds()
         self._grace = settings.grace.total_seconds()
-        self._window = max(_SMALLEST_WINDOW, 2 * settings.batch_size * settings.concurrency)
+        self._holdings = Holdings(settings.batch_size * settings.concurrency)
         self._claims = Claims(settings.outbox, settings.lease, settings.commit)
         self._breaker = Breaker(settings.destination_backoff)
         # Two connections: however long a search takes, the lease is renewed on the other one.
@@ -94,17 +96,15 @@ class Worker:
         self._ready: MemoryObjectSendStream[Batch]
         self._to_deliver: MemoryObjectReceiveStream[Batch]
         self._ready, self._to_deliver = anyio.create_memory_object_stream[Batch](float("inf"))
-        self._held = 0
         self._delivered = 0
-        self._holds_crash_suspect = False
-        self._held_claims: set[int] = set()
-        self._held_waiting: set[int] = set()
         self._in_doubt = False
         self._outcomes = Settlement()
         self._unsettled: list[Settlement] = []
         self._given_back = 0
         self._lease_ends = 0.0
         self._next_sweep = self._next_due = self._next_floor = 0.0
+        self._opening = anyio.CancelScope()
+        self._stop_by = math.inf
         self._stopping = asyncio.Event()
         self._stopped = asyncio.Event()
         self._wake = asyncio.Event()
@@ -116,29 +116,39 @@ class Worker:
 
     async def run(self, task_status: TaskStatus[None]) -> None:
         """Works until stop() or cancellation."""
-        limit = min(2.0, self._grace)
         try:
-            await self._persistently(self._open)
-            async with anyio.create_task_group() as life:
-                for task in (self._renewing, self._taking_over, self._settling, self._cleaning, self._listening):
-                    life.start_soon(task)
-                with self._settings.outbox._wakeup.listening(self._wake.set):
-                    async with anyio.create_task_group() as work:
-                        work.start_soon(self._claiming)
-                        for _ in range(self._settings.concurrency):
-                            work.start_soon(self._delivering)
-                        self._tell(RelayStarted())
-                        task_status.started()
-                        await self._stopping.wait()
-                        stop_at = anyio.current_time() + self._grace
-                        # Deliveries get the most of the grace period, the rest is for settling what they did.
-                        work.cancel_scope.deadline = stop_at - self._grace / 4
-                limit = stop_at - anyio.current_time()
-                life.cancel_scope.cancel()
+            with self._opening:
+                await self._persistently(self._open)
+            if not self._stopping.is_set():
+                self._tell(RelayStarted())
+                await self._work(task_status)
+            else:  # before there was a database: whoever waits for the start need wait no longer
+                task_status.started()
         finally:
-            await self._end(limit)
-            self._tell(RelayStopped(self._given_back))
-            self._stopped.set()
+            try:
+                await self._end(self._settling_time())
+            finally:
+                self._tell(RelayStopped(self._given_back))
+                self._stopped.set()
+
+    def _settling_time(self) -> float:
+        return min(max(_SETTLE_SECONDS, self._grace / 4), self._stop_by - anyio.current_time())
+
+    async def _work(self, task_status: TaskStatus[None]) -> None:
+        async with anyio.create_task_group() as life:
+            for task in (self._renewing, self._taking_over, self._settling, self._cleaning, self._listening):
+                life.start_soon(task)
+            with self._settings.outbox._wakeup.listening(self._wake.set):
+                async with anyio.create_task_group() as work:
+                    work.start_soon(self._claiming)
+                    for _ in range(self._settings.concurrency):
+                        work.start_soon(self._delivering)
+                    task_status.started()
+                    await self._stopping.wait()
+                    # Deliveries get the most of the grace period, the rest is for settling what they did.
+                    self._stop_by = anyio.current_time() + self._grace
+                    work.cancel_scope.deadline = self._stop_by - self._grace / 4
+            life.cancel_scope.cancel()
 
     async def run_once(self) -> int:
         """Delivers the next batch and returns how many messages were delivered."""
@@ -149,11 +159,12 @@ class Worker:
                 self._give_back(batch, left)
             return self._delivered
         finally:
-            await self._end(min(2.0, self._grace))
+            await self._end(_SETTLE_SECONDS)
 
     async def stop(self) -> None:
         """Begins to stop, and waits for the end, but no longer than the grace period."""
         self._stopping.set()
+        self._opening.cancel()
         for event in (self._wake, self._space, self._renewed):
             event.set()
         self._breaker.end()
@@ -211,7 +222,9 @@ class Worker:
                 delay = _DATABASE_DOWN(failures, error)
                 assert delay is not None
                 self._tell(DatabaseLost(error, delay))
-                await anyio.sleep(delay.total_seconds())
+                with anyio.move_on_after(delay.total_seconds()):
+                    # A relay that begins to stop waits no longer; one that is stopping has to settle, and does.
+                    await (self._stopping.wait() if not self._stopping.is_set() else anyio.sleep_forever())
 
     # --- claiming ---------------------------------------------------------------------------------------
 
@@ -219,7 +232,7 @@ class Worker:
         idle = _FIRST_POLL
         with self._ready:
             while not self._stopping.is_set():
-                if self._held > self._window // 2:
+                if self._holdings.is_half_full:
                     self._space.clear()
                     await self._space.wait()
                     continue
@@ -244,16 +257,16 @@ class Worker:
             if started >= self._next_floor and claims.is_behind:
                 await claims.raise_floor(connection)
                 self._next_floor = self._after(started, _FLOOR_INTERVAL)
-            batches = await claims.claim_fresh(connection, self._window - self._held, size, sweep=sweep)
+            batches = await claims.claim_fresh(connection, self._holdings.room(), size, sweep=sweep)
             if sweep:
                 self._next_sweep = self._after(started, 0.0)
             if look_for_due:
                 started = monotonic()
-                # A share of their own: neither a backlog nor a crowd of retries keeps the others waiting.
-                due, more = await self._claim_due(connection, self._window // 2 - len(self._held_waiting))
+                due, more = await self._claim_due(connection, self._holdings.room_for_waiting())
                 self._next_due = 0.0 if more else self._after(started, self._settings.poll_interval.total_seconds())
                 batches += due
-        return self._hold(batches)
+        self._holdings.add(batches)
+        return batches
 
     async def _claim_once(self) -> list[Batch]:
         """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
@@ -264,12 +277,13 @@ class Worker:
             batches = await self._claims.claim_fresh(connection, size, size, sweep=True)
             if not batches:
                 batches, _ = await self._claim_due(connection, size)
-        return self._hold(batches)
+        self._holdings.add(batches)
+        return batches
 
     async def _claim_due(self, connection: Connection, limit: int) -> tuple[list[Batch], bool]:
         batches, more = await self._claims.claim_due(connection, limit)
         # One suspect of a crash at a time: if it kills this process too, it must be clear which one it was.
-        if not self._holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
+        if not self._holdings.holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
             batches.append(suspect)
         return batches, more
 
@@ -278,20 +292,10 @@ class Worker:
         """A transaction for claiming: when its outcome is unknown, the next one lets go of what it may have left."""
         async with self._searching.transaction() as connection:
             if self._in_doubt:
-                await self._claims.reconcile(connection, self._held_claims, self._held_waiting)
+                await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
             self._in_doubt = True
             yield connection
         self._in_doubt = False
-
-    def _hold(self, batches: list[Batch]) -> list[Batch]:
-        for batch in batches:
-            self._held += len(batch.messages)
-            if batch.claim:
-                self._held_claims.add(batch.claim.upto)
-            else:
-                self._held_waiting.update(position_of(message) for message in batch.messages)
-                self._holds_crash_suspect |= batch.suspect is Suspect.CRASH
-        return batches
 
     @staticmethod
     def _after(started: float, interval: float) -> float:
@@ -403,22 +407,12 @@ class Worker:
             async with self._searching.transaction() as connection:
                 await self._claims.settle(connection, settlement)
             del self._unsettled[0]
-            self._held -= settlement.messages
-            self._held_claims.difference_update(settlement.finished_claims)
-            if self._held_waiting:
-                self._release_waiting(settlement)
+            self._holdings.remove(settlement)
             self._space.set()
-
-    def _release_waiting(self, settlement: Settlement) -> None:
-        self._held_waiting.difference_update(
-            settlement.delivered_waiting,
-            [outcome.position for outcome in settlement.postponed],
-            [outcome.position for outcome in settlement.buried],
-        )
-        if settlement.crash_suspects:
-            self._holds_crash_suspect = False
-            self._next_due = 0.0
-        self._wake.set()  # there is room for more of those that are due
+            if settlement.crash_suspects:
+                self._next_due = 0.0
+            if settlement.delivered_waiting or settlement.postponed or settlement.buried:
+                self._wake.set()  # there is room for more of those that are due
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 
@@ -499,12 +493,14 @@ def _log(event: Event) -> None:
     match event:
         case MessageDied():
             _LOGGER.error("%r is a dead letter after %d attempts: %r", event.message, event.attempts, event.error)
+        case MessageFailed():
+            _LOGGER.warning("%r failed, next try in %s: %r", event.message, event.delay, event.error)
         case DestinationDown():
             _LOGGER.warning("the destination is unavailable, next try in %s: %r", event.delay, event.error)
         case DatabaseLost():
             _LOGGER.warning("the database is away, next try in %s: %r", event.delay, event.error)
         case RelaysDied():
-            _LOGGER.warning("%d relays died holding %d messages, now tried again", event.relays, event.messages)
+            _LOGGER.warning("%d relay(s) died holding %d message(s), now tried again", event.relays, event.messages)
         case RelayFenced():
             _LOGGER.warning("this relay did not renew its lease in time and lost what it held")
         case _:
