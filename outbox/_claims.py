@@ -4,14 +4,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID, uuid4
 
+import asyncpg
+
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox, position_of
+from outbox._outbox import Connection, Outbox, affected, position_of
 
 _LOWEST: Final = -(2**63)
 """Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
+_BODY: Final = 5
+"""Where in a row of lock_fresh the body is."""
 _EVER: Final = datetime(1, 1, 1, tzinfo=UTC), _LOWEST
 
 
@@ -31,6 +35,13 @@ class Suspect(Enum):
     """The batch it was in failed as a whole, and one of them may be the reason."""
     CRASH = "crash"
     """Its process died, and it may have been the killer: its attempts are counted before the dispatch."""
+
+
+class Room(NamedTuple):
+    """How much more may be claimed."""
+
+    messages: int
+    bytes: int
 
 
 class Claim:
@@ -76,8 +87,12 @@ class Buried:
 
 @dataclass(slots=True)
 class Settlement:
-    """What became of messages, gathered so that many are settled by few statements in one transaction."""
+    """What became of messages, gathered so that many are settled by few statements in one transaction.
 
+    It is the owner's under whose name they were claimed: what that one lost by being declared dead is not touched.
+    """
+
+    owner: UUID
     delivered: list[int] = field(default_factory=list)
     delivered_waiting: list[int] = field(default_factory=list)
     set_aside: list[int] = field(default_factory=list)
@@ -131,7 +146,6 @@ class Claims:
         self._due_from = _EVER
         # The last position when the writers of that time were asked for, and those of them still at work.
         self._writers: tuple[int, set[str]] | None = None
-        self._was_fenced = False
 
     # --- the lease --------------------------------------------------------------------------------------
 
@@ -146,35 +160,50 @@ class Claims:
     def rename(self) -> None:
         """Takes a new name, after the old one was declared dead."""
         self.owner = uuid4()
-        self._was_fenced = True
 
-    async def unregister(self, connection: Connection) -> None:
-        """Leaves the living, unless something is still held."""
+    async def leave(self, connection: Connection) -> None:
+        """Lets go of everything, known or not, and leaves the living."""
+        await connection.execute(self._queries.lock_relay, self.owner)
+        await self.reconcile(connection, (), ())
         await connection.execute(self._queries.unregister, self.owner)
 
-    async def take_over(self, connection: Connection) -> tuple[int, int]:
-        """Makes suspects of what dead relays held; returns how many relays and how many messages that were."""
-        dead = [row["owner"] for row in await connection.fetch(self._queries.bury_relays)]
-        if not dead:
+    async def take_over(self, connection: Connection, *, orphans: bool = False) -> tuple[int, int]:
+        """Makes suspects of what dead relays held; returns how many relays and how many messages that were.
+
+        Args:
+            connection: With a transaction open.
+            orphans: Also look for what is held by relays that nobody has heard of.
+        """
+        owners = {row["owner"] for row in await connection.fetch(self._queries.bury_relays, self.owner)}
+        if orphans:
+            owners |= {row["owner"] for row in await connection.fetch(self._queries.orphans)}
+        if not owners:
             return 0, 0
         statuses = [
-            await connection.execute(statement, dead)
+            await connection.execute(statement, list(owners))
             for statement in (self._queries.take_over_claims, self._queries.take_over_waiting)
         ]
-        return len(dead), sum(int(status.rpartition(" ")[2]) for status in statuses)
+        return len(owners), sum(map(affected, statuses))
 
     # --- claiming ---------------------------------------------------------------------------------------
 
     async def find_start(self, connection: Connection) -> None:
-        """Puts the cursor before the lowest message that is pending; only for the first search of a relay."""
+        """Forgets all bounds, and puts the cursor before the lowest message that is pending.
+
+        A bound is proven by what was seen in this database while it ran: a server that crashed may have forgotten a
+        claim or given out positions anew, a restored or truncated table begins anywhere.
+        """
+        self._floor, self._writers, self._due_from = _LOWEST, None, _EVER
         last = await connection.fetchval(self._queries.last_position)
         lowest = await connection.fetchval(self._queries.lowest_fresh, _LOWEST, last)
         self._cursor = last if lowest is None else lowest - 1
 
-    async def claim_fresh(self, connection: Connection, limit: int, size: int, *, sweep: bool) -> list[Batch]:
+    async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Batch]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
         owner, bound = self.owner, self._floor if sweep else self._cursor
-        rows = await connection.fetch(self._queries.lock_fresh, bound, limit)
+        rows = await connection.fetch(self._queries.lock_fresh, bound, room.messages)
+        if any(row["payload"] is None for row in rows):
+            rows = await self._with_large_bodies(connection, rows, room.bytes)
         if not rows:
             return []
         positions = [row[0] for row in rows]
@@ -190,6 +219,22 @@ class Claims:
         claim = Claim(claimed["upto"], messages)
         return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
 
+    async def _with_large_bodies(
+        self, connection: Connection, rows: Sequence[asyncpg.Record], room: int
+    ) -> list[Any]:
+        """Completes rows with their bodies, one at least, and as many as there is room for."""
+        complete: list[Any] = []
+        for row in rows:
+            if row[_BODY] is not None:
+                complete.append(row)
+            elif room > 0 or not complete:
+                body = await connection.fetchval(self._queries.body, row[0])
+                room -= len(body)
+                complete.append((*row[:_BODY], body, *row[_BODY + 1 :]))
+            else:
+                break
+        return complete
+
     async def reconcile(self, connection: Connection, claims: Iterable[int], waiting: Iterable[int]) -> None:
         """Lets go of whatever this relay holds in the table without knowing it: its COMMIT got no answer.
 
@@ -201,20 +246,20 @@ class Claims:
         rows = await connection.fetch(self._queries.unknown_claims, self.owner, list(claims))
         if positions := [position for row in rows for position in row["positions"]]:
             await connection.execute(self._queries.set_aside, self.owner, positions)
-            await connection.execute(self._queries.drop_claims, [row["upto"] for row in rows])
+            await connection.execute(self._queries.drop_claims, self.owner, [row["upto"] for row in rows])
         await connection.execute(self._queries.let_go, self.owner, list(waiting))
 
-    async def claim_due(self, connection: Connection, limit: int) -> tuple[list[Batch], bool]:
+    async def claim_due(self, connection: Connection, room: Room) -> tuple[list[Batch], bool]:
         """Claims waiting messages whose time has come, the suspects of a batch each as a batch of its own.
 
         Returns the batches, and whether there may be more.
         """
-        if limit < 1:
+        if room.messages < 1 or room.bytes < 1:
             return [], True
         owner = self.owner
-        rows = await connection.fetch(self._queries.claim_due, owner, *self._due_from, limit)
+        rows = await connection.fetch(self._queries.claim_due, owner, *self._due_from, room.messages, room.bytes)
         rows.sort(key=lambda row: (row["due_at"], row["position"]))
-        more = len(rows) == limit
+        more = len(rows) == room.messages or sum(len(row["payload"]) for row in rows) >= room.bytes
         # Behind what was just claimed lie dead rows: the next search begins beyond them, until one comes back short.
         self._due_from = (rows[-1]["due_at"], rows[-1]["position"]) if more else _EVER
         company = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is None]
@@ -234,18 +279,21 @@ class Claims:
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of the messages; running it a second time changes nothing."""
-        queries, mark = self._queries, self._commit is CommitStrategy.MARK
+        queries, owner, mark = self._queries, settlement.owner, self._commit is CommitStrategy.MARK
+        waiting = settlement.delivered_waiting
         if settlement.delivered:
-            await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
-        # What a fenced relay delivered was moved to where messages wait, and must not be delivered once more.
-        if waiting := settlement.delivered_waiting + (settlement.delivered if self._was_fenced else []):
+            status = await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
+            if affected(status) < len(settlement.delivered):
+                # This relay was taken for dead and they were moved; they must not be delivered once more.
+                waiting = waiting + settlement.delivered
+        if waiting:
             await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, waiting)
         if settlement.set_aside:
-            await connection.execute(queries.set_aside, self.owner, settlement.set_aside)
+            await connection.execute(queries.set_aside, owner, settlement.set_aside)
         if postponed := settlement.postponed:
             await connection.execute(
                 queries.postpone,
-                self.owner,
+                owner,
                 [one.position for one in postponed],
                 [one.delay for one in postponed],
                 [one.attempts for one in postponed],
@@ -255,13 +303,13 @@ class Claims:
         if buried := settlement.buried:
             await connection.execute(
                 queries.bury,
-                self.owner,
+                owner,
                 [one.position for one in buried],
                 [one.attempts for one in buried],
                 [one.error for one in buried],
             )
         if settlement.finished_claims:
-            await connection.execute(queries.drop_claims, settlement.finished_claims)
+            await connection.execute(queries.drop_claims, owner, settlement.finished_claims)
 
     # --- the floor --------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Hands a batch to its destination and decides, for each message that failed, what becomes of it."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,9 @@ Upcast = Callable[[Message], Iterable[Message]]
 
 _LONGEST: Final = timedelta(days=365_000)
 """A delay that a due time can be made of, whatever a strategy of somebody's own returns."""
+
+_UNDECIDED: Final = timedelta(minutes=1)
+_LOGGER: Final = logging.getLogger("outbox")
 
 CRASH: Final = "the process died while dispatching it"
 
@@ -69,11 +73,12 @@ def _upcast(
     for message in messages:
         try:
             made = list(upcast(message))
+            names = [(one.id, position_of(message)) for one in made]
         except Exception as error:  # noqa: BLE001 -- a message that cannot be upcast fails by itself
             failures[position_of(message)] = Failure(error, shared=False)
-            continue
-        outgoing += made
-        origin += [(one.id, position_of(message)) for one in made]
+        else:
+            outgoing += made
+            origin += names
     return outgoing, origin, failures
 
 
@@ -107,18 +112,28 @@ def decide(batch: Batch, message: Message, failure: Failure, backoff: BackOff) -
         return Postponed(position, timedelta(), message.attempts, Suspect.BATCH, describe(error))
     # The attempt of a crash's suspect was counted when it was claimed.
     attempts = message.attempts if batch.suspect is Suspect.CRASH else message.attempts + 1
-    delay = None if rejected else backoff(attempts, error)
+    delay = None if rejected else _delay(backoff, attempts, error)
     if delay is not None:
         alone = message.attempts > 0 if failure.shared else len(batch.messages) == 1
-        return Postponed(position, min(delay, _LONGEST), attempts, Suspect.BATCH if alone else None, describe(error))
+        return Postponed(position, delay, attempts, Suspect.BATCH if alone else None, describe(error))
     if failure.shared:
         return Postponed(position, timedelta(), message.attempts, Suspect.BATCH, describe(error))
     return Buried(position, attempts, describe(error))
 
 
+def _delay(backoff: BackOff, attempts: int, error: BaseException | None) -> timedelta | None:
+    try:
+        delay = backoff(attempts, error)
+        return None if delay is None else min(delay, _LONGEST)
+    except Exception:
+        # It is the same for every relay that comes after this one: so it must not end the relay.
+        _LOGGER.exception("the back-off failed, the message is tried again in %s", _UNDECIDED)
+        return _UNDECIDED
+
+
 def decide_crashed(message: Message, backoff: BackOff) -> Buried | None:
     """Decides whether the suspect of a crash, its next attempt counted already, is given up instead of tried."""
     deaths = message.attempts - 1
-    if deaths and backoff(deaths, None) is None:
+    if deaths and _delay(backoff, deaths, None) is None:
         return Buried(position_of(message), deaths, describe(OutboxError(CRASH)))
     return None

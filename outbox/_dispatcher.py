@@ -41,10 +41,14 @@ class OutboxDispatcher:
     """
 
     def __init__(
-        self, connection: Connection, outbox: Outbox | None = None, *, decorators: Iterable[Decorator] = ()
+        self,
+        connection: Connection,
+        outbox: Outbox = Outbox(),  # noqa: B008 -- one for all: it has no state but who wants to be woken
+        *,
+        decorators: Iterable[Decorator] = (),
     ) -> None:
         self._connection = connection
-        self._outbox = Outbox() if outbox is None else outbox
+        self._outbox = outbox
         self._decorators = tuple(decorators)
 
     async def dispatch(self, *messages: Message) -> None:
@@ -79,9 +83,10 @@ class OutboxDispatcher:
 
 
 class ChainDispatcher:
-    """Hands every message to each of several dispatchers, in their order; the first error ends the chain.
+    """Hands every message to each of several dispatchers, in their order.
 
-    As a relay's destination it is retried as a whole: those before the one that failed see the batch again.
+    What one of them refuses by name goes no further; the rest goes on. Any other error ends the chain. As a relay's
+    destination it is retried as a whole: those before the one that failed see the message again.
     """
 
     def __init__(self, *dispatchers: Dispatcher) -> None:
@@ -89,8 +94,15 @@ class ChainDispatcher:
 
     async def dispatch(self, *messages: Message) -> None:
         """Hands the messages on."""
+        failures: dict[UUID, BaseException] = {}
         for dispatcher in self._dispatchers:
-            await dispatcher.dispatch(*messages)
+            try:
+                await dispatcher.dispatch(*messages)
+            except PartialDispatchError as error:
+                failures |= error.failures
+                messages = tuple(message for message in messages if message.id not in error.failures)
+        if failures:
+            raise PartialDispatchError(failures)
 
 
 class FilteringDispatcher:

@@ -10,7 +10,7 @@ OutboxError
     └── DestinationUnavailableError   the broker is down, the messages are fine
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from uuid import UUID
 
 
@@ -46,6 +46,10 @@ class PartialDispatchError(DispatchError):
 
     def __init__(self, failures: Mapping[UUID, BaseException]) -> None:
         self.failures = dict(failures)
+        names: Iterable[object] = self.failures
+        if wrong := next((name for name in names if not isinstance(name, UUID)), None):
+            # Matching no message it would make a failed one count as accepted.
+            raise TypeError(f"failures are named by message id, a uuid.UUID, not {wrong!r}")
         first = next(iter(self.failures.items()), None)
         example = f", the first is {first[0]}: {describe(first[1])}" if first else ""
         super().__init__(f"{len(self.failures)} of the batch failed{example}")
@@ -67,6 +71,9 @@ class DestinationUnavailableError(DispatchError):
 
 def describe(error: BaseException) -> str:
     """Says an error in one line, as it is stored beside a message: its type, and its text if it has one."""
-    text = str(error).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
     name = type(error).__qualname__
+    try:
+        text = str(error).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+    except Exception as reason:  # noqa: BLE001 -- an error that cannot be told must not become the relay's own
+        text = f"its text could not be made: {type(reason).__qualname__}"
     return (f"{name}: {text}" if text else name)[:2000]

@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from typing import Final
 
-from outbox._claims import Batch, Buried, Postponed, Settlement, Suspect
+from outbox._claims import Batch, Buried, Postponed, Room, Settlement, Suspect
 from outbox._outbox import position_of
 
 _SMALLEST_WINDOW: Final = 200
 """Messages held at least, so that small batches are not claimed one by one."""
 _WINDOW_BYTES: Final = 16 * 1024 * 1024
 """Bytes of bodies held at most, about: one message at least is held, however large it is."""
-_FIRST_BODY_SIZE: Final = 1_000_000
-"""How large bodies are taken to be while none was seen: the first claim is a small one."""
 
 
 class Holdings:
@@ -28,7 +26,6 @@ class Holdings:
         # The bytes of each claim of fresh messages, and of each message that waited.
         self._claims: dict[int, int] = {}
         self._waiting: dict[int, int] = {}
-        self._body_size = _FIRST_BODY_SIZE
 
     @property
     def claims(self) -> Iterable[int]:
@@ -45,17 +42,13 @@ class Holdings:
         """Whether there is no need yet to claim more."""
         return self._messages > self._window // 2 or self._bytes > _WINDOW_BYTES // 2
 
-    def room(self) -> int:
-        """Returns how many fresh messages may be claimed, at least one.
+    def room(self) -> Room:
+        """Returns how many fresh messages may be claimed."""
+        return Room(self._window - self._messages, _WINDOW_BYTES - self._bytes)
 
-        The next are taken to be as large as the last: a limit computed in the statement would cost a fifth of its
-        speed.
-        """
-        return max(1, min(self._window - self._messages, (_WINDOW_BYTES - self._bytes) // self._body_size))
-
-    def room_for_waiting(self) -> int:
+    def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
-        return min(self._window // 2 - len(self._waiting), self.room())
+        return Room(self._window // 2 - len(self._waiting), _WINDOW_BYTES - self._bytes)
 
     def add(self, batches: Iterable[Batch]) -> None:
         """Adds what was just claimed."""
@@ -63,7 +56,6 @@ class Holdings:
             self._messages += len(batch.messages)
             if batch.claim:
                 self._claims[batch.claim.upto] = batch.claim.size
-                self._body_size = 1 + batch.claim.size // batch.claim.outstanding
             else:
                 self._waiting |= {position_of(message): len(message.body) for message in batch.messages}
                 self.holds_crash_suspect |= batch.suspect is Suspect.CRASH
@@ -72,7 +64,7 @@ class Holdings:
         """Removes what was settled."""
         self._messages -= settlement.messages
         for upto in settlement.finished_claims:
-            del self._claims[upto]
+            self._claims.pop(upto, None)  # twice the same when the server crashed and forgot the first
         if self._waiting:
             outcomes: list[Postponed | Buried] = [*settlement.postponed, *settlement.buried]
             for position in (*settlement.delivered_waiting, *(outcome.position for outcome in outcomes)):

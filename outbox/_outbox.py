@@ -241,7 +241,7 @@ class Outbox:
     async def cleanup(self, connection: Connection, older_than: timedelta, limit: int) -> int:
         """Deletes up to `limit` messages that were marked as dispatched longer than this ago; returns how many."""
         with self._surfacing("cannot clean up"):
-            return _affected(await connection.execute(self._queries.cleanup, older_than, limit))
+            return affected(await connection.execute(self._queries.cleanup, older_than, limit))
 
     async def counts(self, connection: Connection) -> Counts:
         """Counts the messages. It reads the whole table: for a dashboard, not for every request."""
@@ -269,12 +269,12 @@ class Outbox:
         They are due at once, keep their id and position, and have all their attempts before them.
         """
         with self._surfacing("cannot redrive"):
-            return _affected(await connection.execute(self._queries.redrive, None if ids is None else list(ids)))
+            return affected(await connection.execute(self._queries.redrive, None if ids is None else list(ids)))
 
     async def discard(self, connection: Connection, ids: Iterable[UUID]) -> int:
         """Deletes the dead letters of these ids, for ever; returns how many."""
         with self._surfacing("cannot discard"):
-            return _affected(await connection.execute(self._queries.discard, list(ids)))
+            return affected(await connection.execute(self._queries.discard, list(ids)))
 
     @contextmanager
     def _surfacing(self, what: str) -> Iterator[None]:
@@ -306,5 +306,6 @@ def position_of(message: Message) -> int:
     return message.position
 
 
-def _affected(status: str) -> int:
+def affected(status: str) -> int:
+    """Returns how many rows a statement changed, from what the driver says of it."""
     return int(status.rpartition(" ")[2])

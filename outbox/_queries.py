@@ -5,7 +5,6 @@ rows that are dead but cannot be vacuumed while somebody holds an old snapshot. 
 is one statement with arrays. And nothing relies on the session: settings are local to a transaction.
 """
 
-from functools import cache
 from hashlib import sha256
 from typing import Final, Literal
 
@@ -15,6 +14,7 @@ _LONGEST_TABLE: Final = _LONGEST_IDENTIFIER - len("_waiting_crash")
 
 # What makes the rows of a message, in the order of Message._stored. The time is sent as the eight bytes it is:
 # decoding it in the driver costs as much as all other columns together, and most destinations never read it.
+_SMALL_BODY: Final = 16 * 1024
 _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(recorded_at) AS recorded_at"
 
 _HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
@@ -37,6 +37,7 @@ class Queries:
         if len(table.encode("utf-8", "replace")) > _LONGEST_TABLE:
             raise ValueError(f"the table name {table!r} is too long: at most {_LONGEST_TABLE} bytes")
         self.schema = _quoted(schema)
+        self._insert_many: dict[tuple[str, int], str] = {}
         self.names = names = {
             "outbox": f"{self.schema}.{_quoted(table)}",
             **{
@@ -60,23 +61,38 @@ class Queries:
 
         # --- the relay: its life ------------------------------------------------------------------------
 
-        self.register = f"INSERT INTO {relays} (owner, until) VALUES ($1, clock_timestamp() + $2::interval)"
+        # Twice is as good as once: the answer to the first may have been lost.
+        self.register = f"""
+            INSERT INTO {relays} (owner, until) VALUES ($1, clock_timestamp() + $2::interval)
+            ON CONFLICT (owner) DO UPDATE SET until = EXCLUDED.until"""
 
         # Renewing finds nothing once another relay has declared this one dead: then it must stop at once.
         self.renew = f"UPDATE {relays} SET until = clock_timestamp() + $2::interval WHERE owner = $1 RETURNING true"
 
-        # A relay leaves only with empty hands: one that still holds a claim is left to be taken over.
+        # Waits for a claim of this relay that may still be committing on a connection given up long ago, so that the
+        # next statements see it.
+        self.lock_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR UPDATE"
+
+        # A relay leaves only with empty hands: one that still holds a claim is left to be taken over. What is held
+        # was due when it was claimed, so its due time is past.
         self.unregister = f"""
             DELETE FROM {relays} WHERE owner = $1
                 AND NOT EXISTS (SELECT FROM {claims} WHERE owner = $1)
-                AND NOT EXISTS (SELECT FROM {waiting} WHERE owner = $1)"""
+                AND NOT EXISTS (SELECT FROM {waiting} WHERE owner = $1 AND due_at <= clock_timestamp())"""
 
         # Declares relays dead. One that is recording a claim at this moment has its row locked and is skipped, so
         # that the next statement, with its newer snapshot, sees every claim of the dead.
         self.bury_relays = f"""
             DELETE FROM {relays} WHERE owner IN (
-                SELECT owner FROM {relays} WHERE until < clock_timestamp() FOR UPDATE SKIP LOCKED)
+                SELECT owner FROM {relays} WHERE until < clock_timestamp() AND owner <> $1 FOR UPDATE SKIP LOCKED)
             RETURNING owner"""
+
+        # Claims of nobody, which cannot be as long as nobody deletes from the relays by hand; looked for now and then.
+        self.orphans = f"""
+            SELECT owner FROM {claims} WHERE owner NOT IN (SELECT owner FROM {relays})
+            UNION
+            SELECT owner FROM {waiting}
+            WHERE due_at <= statement_timestamp() AND owner NOT IN (SELECT owner FROM {relays})"""
 
         # What the dead held becomes a suspect, due at once and tried alone: one of them may have been the killer.
         self.take_over_claims = f"""
@@ -90,30 +106,25 @@ class Queries:
         self.take_over_waiting = f"""
             UPDATE {waiting} SET owner = NULL, suspect = 'crash', due_at = clock_timestamp(),
                 error = CASE WHEN suspect = 'crash' THEN 'the process died while dispatching it' ELSE error END
-            WHERE owner = ANY($1::uuid[])"""
+            WHERE owner = ANY($1::uuid[]) AND due_at <= statement_timestamp()"""
 
         # --- the relay: its claim -----------------------------------------------------------------------
 
-        # Local to the transaction, since behind a pooler the session is somebody else's the next moment.
-        # synchronous_commit: a claim or a settle lost in a crash of the server only means a redelivery.
-        # enable_* and plan_cache_mode pin the walk along the primary key: statistics taken while the queue was
-        # empty would make the planner sort the whole backlog for every batch. The timeout frees the rows of a
-        # relay that is frozen in the middle of a claim.
-        self.begin = """
-            BEGIN ISOLATION LEVEL READ COMMITTED;
-            SET LOCAL synchronous_commit = off;
-            SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_bitmapscan = off;
-            SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit = off;
-            SET LOCAL idle_in_transaction_session_timeout = '5s'"""
-
         # The next messages beyond $1 that nobody holds. Rows locked by another relay's claim are skipped, not
         # waited for. This snapshot may be older than a claim committed meanwhile: record_claim decides.
+        # A large body stays behind, to be fetched by itself if there is room for it: a limit on their sum, computed
+        # here, would cost a fifth of the speed.
         self.lock_fresh = f"""
-            SELECT {_MESSAGE}, 0 AS attempts FROM {outbox}
+            SELECT position, id, topic, key, headers,
+                CASE WHEN octet_length(payload) <= {_SMALL_BODY} THEN payload END AS payload,
+                timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts
+            FROM {outbox}
             WHERE position > $1 AND dispatched_at IS NULL
                 AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $1)
             ORDER BY position LIMIT $2
             FOR UPDATE SKIP LOCKED"""
+
+        self.body = f"SELECT payload FROM {outbox} WHERE position = $1"
 
         # Run with the rows locked and so with a snapshot that sees each claim that was ever made on them: what
         # another relay claimed first is left out. A relay that was declared dead finds no row of its own and
@@ -132,18 +143,24 @@ class Queries:
         self.unknown_claims = f"SELECT upto, positions FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
         self.let_go = f"""
             UPDATE {waiting} SET owner = NULL, attempts = attempts - CASE WHEN suspect = 'crash' THEN 1 ELSE 0 END
-            WHERE owner = $1 AND position <> ALL($2::bigint[])"""
+            WHERE owner = $1 AND due_at <= statement_timestamp() AND position <> ALL($2::bigint[])"""
 
-        # Waiting messages whose time has come, beyond the last that was claimed ($2, $3). The time is that of the
+        # Waiting messages whose time has come, beyond the last that was claimed ($2, $3), up to $4 and no more than
+        # reach $5 bytes together. The time is that of the
         # statement: clock_timestamp() is volatile and would make this walk over all that wait for the future.
         self.claim_due = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
-            due AS (
-                SELECT position FROM {waiting}
+            free AS (
+                SELECT due_at, position, octet_length(payload) AS size FROM {waiting}
                 WHERE (due_at, position) > ($2, $3) AND due_at <= statement_timestamp() AND owner IS NULL
                     AND suspect IS DISTINCT FROM 'crash' AND EXISTS (SELECT FROM alive)
                 ORDER BY due_at, position LIMIT $4
-                FOR UPDATE SKIP LOCKED)
+                FOR UPDATE SKIP LOCKED),
+            due AS (
+                SELECT position FROM (
+                    SELECT position, size, sum(size) OVER (ORDER BY due_at, position ROWS UNBOUNDED PRECEDING) AS bytes
+                    FROM free) AS next
+                WHERE bytes - size < $5)
             UPDATE {waiting} AS w SET owner = $1 FROM due WHERE w.position = due.position
             RETURNING {_HELD}"""
 
@@ -171,7 +188,7 @@ class Queries:
             WITH done AS (DELETE FROM {waiting} WHERE position = ANY($1::bigint[]) RETURNING *)
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
-        self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($1::bigint[])"
+        self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
 
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""
@@ -231,10 +248,13 @@ class Queries:
             WITH fresh AS (DELETE FROM {outbox}), later AS (DELETE FROM {waiting}), held AS (DELETE FROM {claims})
             DELETE FROM {dead}"""
 
+        # Only the lowest marked ones are looked at: in a table where nothing is old enough yet, not all of it.
         self.cleanup = f"""
             DELETE FROM {outbox} WHERE position IN (
-                SELECT position FROM {outbox} WHERE dispatched_at < clock_timestamp() - $1::interval
-                ORDER BY position LIMIT $2 FOR UPDATE SKIP LOCKED)"""
+                SELECT position FROM (
+                    SELECT position, dispatched_at FROM {outbox} WHERE dispatched_at IS NOT NULL
+                    ORDER BY position LIMIT $2 FOR UPDATE SKIP LOCKED) AS lowest
+                WHERE dispatched_at < clock_timestamp() - $1::interval)"""
 
         self.counts = f"""
             SELECT o.total + w.total AS total, o.dispatched, o.total - o.dispatched + w.total AS pending,
@@ -272,13 +292,36 @@ class Queries:
         # With a place for the number: this one is printed for a script, too.
         self.record_version = f"INSERT INTO {version.replace('{', '{{').replace('}', '}}')} (version) VALUES ({{}})"
 
-    @cache  # noqa: B019 -- a handful of texts for each outbox, of which a service has one
+    @staticmethod
+    def begin(milliseconds: int) -> str:
+        """Returns the statements that open a relay's transaction, which may take so long.
+
+        All settings are local to the transaction, since behind a pooler the session is somebody else's the next
+        moment. synchronous_commit: a claim or a settling lost in a crash of the server only means a redelivery.
+        enable_* and plan_cache_mode pin the walk along the primary key: statistics taken while the queue was empty
+        would make the planner sort the whole backlog for every batch; what cannot do without is no reason to compile
+        it (jit itself is set by the driver, for the session). The timeouts end on the server what the relay
+        has given up, or was frozen in the middle of.
+        """
+        return f"""
+            BEGIN ISOLATION LEVEL READ COMMITTED;
+            SET LOCAL synchronous_commit = off;
+            SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_bitmapscan = off;
+            SET LOCAL plan_cache_mode = force_generic_plan; SET LOCAL jit_above_cost = -1;
+            SET LOCAL idle_in_transaction_session_timeout = {milliseconds};
+            SET LOCAL statement_timeout = {milliseconds}"""
+
     def insert_many(self, table: Literal["outbox", "waiting"], rows: int) -> str:
         """Returns the statement that writes up to so many messages, in the order of its arguments.
 
         A row whose id is NULL is filling: so a few statements, one for each power of two, serve every count.
         Values rather than arrays, since for an array the driver first asks the server for its type.
         """
+        if (table, rows) not in self._insert_many:
+            self._insert_many[table, rows] = self._make_insert_many(table, rows)
+        return self._insert_many[table, rows]
+
+    def _make_insert_many(self, table: Literal["outbox", "waiting"], rows: int) -> str:
         columns, types = _COLUMNS[table]
         width = len(columns)
         first = ", ".join(f"${number}::{kind}" for number, kind in enumerate(types, 1))

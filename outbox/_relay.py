@@ -30,7 +30,7 @@ class Relay:
     Any number of relays may work on one table at the same time, in this process and elsewhere; none of them
     holds a transaction open while its destination works.
 
-    It keeps two connections of the pool while it runs.
+    It keeps two connections of the pool while it runs: a destination that uses the same pool needs more.
 
     Args:
         outbox: The table and codec.
@@ -159,7 +159,10 @@ class Relay:
     def _require_connections(self) -> None:
         wanted = 3 if self._settings.listen else 2
         if self._settings.pool.get_max_size() < wanted:
-            raise ValueError(f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}")
+            raise ValueError(
+                f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}, "
+                "and more when others, the destination for one, use the same pool"
+            )
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A connection of the pool, kept by a relay: one short transaction at a time, and never an await without a limit."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
@@ -25,11 +25,11 @@ class Session:
 
     Args:
         pool: Where the connection comes from.
-        begin: The statement that opens a transaction.
-        limit: Seconds for a transaction, the wait for a connection included.
+        begin: Makes the statements that open a transaction, of the milliseconds it may take.
+        limit: Seconds for a transaction, and again for opening it, the wait for a connection included.
     """
 
-    def __init__(self, pool: Pool, begin: str, limit: float) -> None:
+    def __init__(self, pool: Pool, begin: Callable[[int], str], limit: float) -> None:
         self._pool = pool
         self._begin = begin
         self._limit = self._usual_limit = limit
@@ -45,16 +45,20 @@ class Session:
         """
         async with self._lock:
             try:
-                with anyio.fail_after(self._limit):
+                # However long the work may take, a server that answers at all begins it within the usual limit.
+                with anyio.fail_after(self._usual_limit):
                     if self._connection is None:
                         self._connection = await self._pool.acquire()
-                    await self._connection.execute(self._begin)
-                    yield self._connection
-                    await self._connection.execute("COMMIT")
-                self._limit = self._usual_limit
-            except BaseException as error:
-                if isinstance(error, TimeoutError):
+                    await self._connection.execute(self._begin(int(self._limit * 1000)))
+                try:
+                    with anyio.fail_after(self._limit):
+                        yield self._connection
+                        await self._connection.execute("COMMIT")
+                except (TimeoutError, asyncpg.QueryCanceledError):
                     self._limit *= 2
+                    raise
+                self._limit = self._usual_limit
+            except BaseException:
                 await self._abandon()
                 raise
 

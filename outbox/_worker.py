@@ -16,7 +16,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._breaker import Breaker
-from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Settlement, Suspect
+from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Settlement, Suspect
 from outbox._delivery import CRASH, Failure, Upcast, decide, decide_crashed, deliver, is_unavailable
 from outbox._dispatcher import Dispatcher
 from outbox._errors import OutboxError
@@ -46,10 +46,13 @@ _FIRST_POLL: Final = 0.002
 """Seconds before an idle relay looks again for the first time; each further wait is twice as long."""
 _FLOOR_INTERVAL: Final = 0.25
 """Seconds between two attempts to raise the floor."""
+_START_INTERVAL: Final = 60.0
+"""Seconds after which all bounds are forgotten, and claims of nobody looked for: both should never matter."""
 _SHARE: Final = 20
 """A search over rows that may be dead takes at most about one part in this many of the time."""
 _SETTLE_SECONDS: Final = 2.0
 """How long the last settling may take when the relay was cancelled rather than stopped."""
+_CLEANUP_INTERVAL: Final = 1.0
 _CLEANUP_LIMIT: Final = 1_000
 """Messages deleted by one statement of the cleanup."""
 _DATABASE_DOWN: Final = ExponentialBackOff(
@@ -98,11 +101,11 @@ class Worker:
         self._ready, self._to_deliver = anyio.create_memory_object_stream[Batch](float("inf"))
         self._delivered = 0
         self._in_doubt = False
-        self._outcomes = Settlement()
+        self._outcomes = Settlement(self._claims.owner)
         self._unsettled: list[Settlement] = []
         self._given_back = 0
         self._lease_ends = 0.0
-        self._next_sweep = self._next_due = self._next_floor = 0.0
+        self._next_start = self._next_sweep = self._next_due = self._next_floor = self._next_orphans = 0.0
         self._opening = anyio.CancelScope()
         self._stop_by = math.inf
         self._stopping = asyncio.Event()
@@ -154,9 +157,15 @@ class Worker:
         """Delivers the next batch and returns how many messages were delivered."""
         try:
             await self._open()
-            for batch in await self._claim_once():
-                left = await self._attempt(batch, batch.messages)
-                self._give_back(batch, left)
+            async with anyio.create_task_group() as life:
+                life.start_soon(self._renewing)
+                for batch in await self._claim_once():
+                    left: Sequence[Message] = batch.messages
+                    if await self._may_dispatch(batch):
+                        left = await self._attempt(batch, left)
+                    self._give_back(batch, left)
+                life.cancel_scope.cancel()
+            await self._settle()
             return self._delivered
         finally:
             await self._end(_SETTLE_SECONDS)
@@ -174,10 +183,9 @@ class Worker:
     async def _open(self) -> None:
         async with self._upkeep.transaction() as connection:
             await self._settings.outbox.check(connection)
+            started = monotonic()
             await self._claims.register(connection)
-            self._lease_ends = monotonic() + self._lease
-        async with self._searching.transaction() as connection:
-            await self._claims.find_start(connection)
+        self._lease_ends = started + self._lease
 
     async def _end(self, limit: float) -> None:
         """Settles all that is known, gives back the rest, and leaves; within the limit, answered or not."""
@@ -205,9 +213,7 @@ class Worker:
 
     async def _leave(self) -> None:
         async with self._upkeep.transaction() as connection:
-            if self._in_doubt:
-                await self._claims.reconcile(connection, (), ())
-            await self._claims.unregister(connection)
+            await self._claims.leave(connection)
 
     async def _persistently(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Does database work, again and again for as long as the database is away."""
@@ -219,6 +225,7 @@ class Worker:
                 if not is_transient(error) or self._settings.pool.is_closing():
                     raise
                 failures += 1
+                self._next_start = 0.0  # whatever is known of the table is known no more
                 delay = _DATABASE_DOWN(failures, error)
                 assert delay is not None
                 self._tell(DatabaseLost(error, delay))
@@ -232,6 +239,9 @@ class Worker:
         idle = _FIRST_POLL
         with self._ready:
             while not self._stopping.is_set():
+                if self._settings.pool.is_closing():  # which waits for the connections that are kept here
+                    self._stopping.set()
+                    break
                 if self._holdings.is_half_full:
                     self._space.clear()
                     await self._space.wait()
@@ -254,6 +264,9 @@ class Worker:
         claims, size, started = self._claims, self._settings.batch_size, monotonic()
         sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
         async with self._doubting() as connection:
+            if started >= self._next_start:
+                await claims.find_start(connection)
+                self._next_start = self._after(started, _START_INTERVAL)
             if started >= self._next_floor and claims.is_behind:
                 await claims.raise_floor(connection)
                 self._next_floor = self._after(started, _FLOOR_INTERVAL)
@@ -272,16 +285,17 @@ class Worker:
         """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
         size = self._settings.batch_size
         async with self._upkeep.transaction() as connection:
-            await self._claims.take_over(connection)
+            await self._claims.take_over(connection, orphans=True)
         async with self._doubting() as connection:
-            batches = await self._claims.claim_fresh(connection, size, size, sweep=True)
+            room = Room(size, self._holdings.room().bytes)
+            batches = await self._claims.claim_fresh(connection, room, size, sweep=True)
             if not batches:
-                batches, _ = await self._claim_due(connection, size)
+                batches, _ = await self._claim_due(connection, room)
         self._holdings.add(batches)
         return batches
 
-    async def _claim_due(self, connection: Connection, limit: int) -> tuple[list[Batch], bool]:
-        batches, more = await self._claims.claim_due(connection, limit)
+    async def _claim_due(self, connection: Connection, room: Room) -> tuple[list[Batch], bool]:
+        batches, more = await self._claims.claim_due(connection, room)
         # One suspect of a crash at a time: if it kills this process too, it must be clear which one it was.
         if not self._holdings.holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
             batches.append(suspect)
@@ -340,7 +354,7 @@ class Worker:
         accepted = [one for one in messages if position_of(one) not in failures] if failures else messages
         if accepted:
             self._delivered += len(accepted)
-            self._outcomes.delivers(batch, accepted)
+            self._outcomes_of(batch).delivers(batch, accepted)
             if settings.hooks:
                 self._tell(BatchDelivered(tuple(accepted), monotonic() - started))
         unavailable = self._sort_failures(batch, messages, failures) if failures else []
@@ -372,7 +386,7 @@ class Worker:
     def _note_failures(
         self, batch: Batch, outcomes: Sequence[tuple[Message, BaseException, Postponed | Buried]]
     ) -> None:
-        self._outcomes.fails(batch, [outcome for _, _, outcome in outcomes])
+        self._outcomes_of(batch).fails(batch, [outcome for _, _, outcome in outcomes])
         for message, error, outcome in outcomes:
             if isinstance(outcome, Buried):
                 self._tell(MessageDied(message, error, outcome.attempts))
@@ -386,8 +400,14 @@ class Worker:
         if messages:
             self._given_back += len(messages)
             back = [Postponed(position_of(one), timedelta(), one.attempts - spent, batch.suspect) for one in messages]
-            self._outcomes.fails(batch, back)
+            self._outcomes_of(batch).fails(batch, back)
             self._news.set()
+
+    def _outcomes_of(self, batch: Batch) -> Settlement:
+        if self._outcomes.owner != batch.owner:  # claimed before, or after, this relay was taken for dead
+            self._unsettled.append(self._outcomes)
+            self._outcomes = Settlement(batch.owner)
+        return self._outcomes
 
     # --- settling ---------------------------------------------------------------------------------------
 
@@ -401,7 +421,7 @@ class Worker:
         """Settles all that is known by now in one transaction; what cannot be settled stays to be settled."""
         if self._outcomes.messages:
             self._unsettled.append(self._outcomes)
-            self._outcomes = Settlement()
+            self._outcomes = Settlement(self._outcomes.owner)
         while self._unsettled:
             settlement = self._unsettled[0]
             async with self._searching.transaction() as connection:
@@ -442,14 +462,20 @@ class Worker:
             await anyio.sleep(self._lease / 3)
 
     async def _take_over(self) -> tuple[int, int]:
+        started = monotonic()
+        orphans = started >= self._next_orphans
         async with self._upkeep.transaction() as connection:
-            return await self._claims.take_over(connection)
+            taken = await self._claims.take_over(connection, orphans=orphans)
+        if orphans:
+            self._next_orphans = self._after(started, _START_INTERVAL)
+        return taken
 
     async def _cleaning(self) -> None:
         keep = self._settings.keep
         while keep is not None:
+            started = monotonic()
             if await self._persistently(self._clean) < _CLEANUP_LIMIT:
-                await anyio.sleep(1)
+                await anyio.sleep(self._after(started, _CLEANUP_INTERVAL) - monotonic())
 
     async def _clean(self) -> int:
         assert self._settings.keep is not None
@@ -465,9 +491,10 @@ class Worker:
         """Wakes the relay by NOTIFY for as long as the connection lives."""
         channel, lost = self._settings.outbox._queries.channel, asyncio.Event()
         async with self._settings.pool.acquire(timeout=self._lease) as connection:
-            connection.add_termination_listener(lambda _: lost.set())
-            await connection.add_listener(channel, self._woken)
             try:
+                connection.add_termination_listener(lambda _: lost.set())
+                with anyio.fail_after(self._lease / 2):
+                    await connection.add_listener(channel, self._woken)
                 self._wake.set()  # what was notified before is not repeated
                 await lost.wait()
             finally:

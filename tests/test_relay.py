@@ -509,7 +509,7 @@ async def test_a_relay_holds_few_messages_at_a_time_when_they_are_large(
     async with running(outbox, pool, destination, batch_size=2, concurrency=2):
         await until_counts(pool, outbox, (0, 0, 0, 0))
     assert len(held) == 60
-    assert max(held) <= 8 + 16
+    assert max(held) <= 2 * 16 + 1
 
 
 async def test_messages_of_a_dead_relay_are_taken_over_and_tried_alone(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:

@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import anyio
 import asyncpg
@@ -16,7 +16,8 @@ from outbox import Event, Message, Outbox, OutboxDispatcher, Relay
 HOUR = timedelta(hours=1)
 SECOND = timedelta(seconds=1)
 
-_T = TypeVar("_T", bound=Event)
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=Event)
 
 
 def numbered(count: int, start: int = 1) -> list[Message]:
@@ -50,25 +51,58 @@ async def running(*relays: Relay) -> AsyncIterator[None]:
             group.start_soon(relay.stop)
 
 
-class Events:
-    """A hook that keeps the events and can be waited on."""
+class Log(Generic[_T]):
+    """Keeps what it is called with, and can be waited on."""
 
     def __init__(self) -> None:
-        self._seen: list[Event] = []
+        self._seen: list[_T] = []
         self._news = asyncio.Event()
 
-    def __call__(self, event: Event) -> None:
-        self._seen.append(event)
+    def __call__(self, one: _T) -> None:
+        self._seen.append(one)
         self._news.set()
         self._news = asyncio.Event()
 
-    def of(self, kind: type[_T]) -> list[_T]:
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Waits until something has been logged after which this is true."""
+        while not condition():
+            await self._news.wait()
+
+
+class Events(Log[Event]):
+    """A relay's hook that keeps the events."""
+
+    def of(self, kind: type[_E]) -> list[_E]:
         return [event for event in self._seen if isinstance(event, kind)]
 
-    async def wait_for(self, kind: type[_T], count: int = 1) -> list[_T]:
-        while len(self.of(kind)) < count:
-            await self._news.wait()
+    async def wait_for(self, kind: type[_E], count: int = 1) -> list[_E]:
+        await self.until(lambda: len(self.of(kind)) >= count)
         return self.of(kind)
+
+
+class Executed(Log[LoggedQuery]):
+    """What the connections of a pool have executed."""
+
+    def arguments(self, statement: str) -> list[tuple[Any, ...]]:
+        """Those of each execution of this statement."""
+        return [query.args for query in self._seen if query.query == statement]
+
+    async def wait_for(self, statement: str) -> tuple[Any, ...]:
+        """Waits for an execution of this statement; returns the arguments of the last."""
+        await self.until(lambda: bool(self.arguments(statement)))
+        return self.arguments(statement)[-1]
+
+
+@asynccontextmanager
+async def watched_pool(dsn: str) -> AsyncIterator[tuple[asyncpg.Pool, Executed]]:
+    """A pool, and what its connections execute."""
+    executed = Executed()
+
+    async def watch(connection: asyncpg.Connection) -> None:
+        connection.add_query_logger(executed)
+
+    async with asyncpg.create_pool(dsn, min_size=2, max_size=4, init=watch) as pool:
+        yield pool, executed
 
 
 @contextmanager
@@ -85,11 +119,25 @@ def statements(connection: Any) -> Iterator[list[str]]:
 
 async def plan(connection: asyncpg.Connection, begin: str, statement: str, *arguments: object) -> dict[str, Any]:
     """Runs a statement in a relay's own kind of transaction, undoes it, and returns the top node of its plan."""
+    await prepare(connection, begin, statement)
+    answer = await explain(connection, begin, *arguments)
+    await connection.execute("DEALLOCATE planned")
+    return answer
+
+
+async def prepare(connection: asyncpg.Connection, begin: str, statement: str) -> None:
+    """Prepares a statement for `explain` as a relay does."""
     await connection.execute(begin)
     await connection.execute(f"PREPARE planned AS {statement}")
+    await connection.execute("COMMIT")
+
+
+async def explain(connection: asyncpg.Connection, begin: str, *arguments: object) -> dict[str, Any]:
+    """Runs what was prepared, undoes it, and returns the top node of its plan with what it touched."""
+    await connection.execute(begin)
     execute = f"EXECUTE planned ({', '.join(map(_literal, arguments))})"
     answer = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}")
-    await connection.execute("ROLLBACK; DEALLOCATE planned")
+    await connection.execute("ROLLBACK")
     top: dict[str, Any] = json.loads(answer)[0]["Plan"]
     return top
 

@@ -17,6 +17,7 @@ from outbox import (
     CommitStrategy,
     DestinationDown,
     DestinationUnavailableError,
+    Dispatcher,
     FailImmediately,
     HandlerDispatcher,
     LinearBackOff,
@@ -39,14 +40,17 @@ from tests.conformance.support import (
     HOUR,
     SECOND,
     Events,
+    explain,
     nodes,
     numbered,
     numbers,
     orders,
     plan,
+    prepare,
     running,
     statements,
     touched,
+    watched_pool,
     write,
 )
 from tests.conftest import StartServer
@@ -54,6 +58,8 @@ from tests.faults import FaultProxy
 from tests.pgbouncer import pgbouncer
 
 GRACE = timedelta(seconds=2)
+BEGIN = Queries.begin(30_000)
+"""How a relay opens its transactions."""
 MARGIN = 3.0
 """Seconds that a busy machine may add to a limit."""
 
@@ -360,36 +366,32 @@ _HUNDRED_THOUSAND = """
     FROM generate_series(1, 100000) AS i"""
 
 
-@pytest.fixture
-async def claimant(connection: asyncpg.Connection, queries: Queries) -> UUID:
-    """A relay that is registered, as whoever claims must be."""
-    owner = UUID(int=1)
-    await connection.execute(queries.register, owner, HOUR)
-    return owner
-
-
 async def test_promise_6_a_hundred_thousand_rows_that_wait_are_not_touched_by_a_claim(
-    connection: asyncpg.Connection, outbox: Outbox, queries: Queries, claimant: UUID
+    connection: asyncpg.Connection, dsn: str, outbox: Outbox, queries: Queries
 ) -> None:
     await connection.execute(_HUNDRED_THOUSAND, 3_600)
     await connection.execute("VACUUM ANALYZE outbox_waiting")
     await outbox.persist(connection, *numbered(100))
 
-    fresh = await plan(connection, queries.begin, queries.lock_fresh, 0, 100)
+    fresh = await plan(connection, BEGIN, queries.lock_fresh, 0, 100)
     assert fresh["Actual Rows"] == 100
     assert "outbox_waiting" not in {node.get("Relation Name") for node in nodes(fresh)}
 
-    due = await plan(connection, queries.begin, queries.claim_due, claimant, "-infinity", 0, 100)
-    assert due["Actual Rows"] == 0
-    assert touched(due) < 20, "a look at the first entry of the index, and at the relay's own row"
+    async with watched_pool(dsn) as (pool, executed), running(Relay(outbox, pool, CollectingDispatcher())):
+        for statement in (queries.claim_due, queries.claim_crash_suspect):
+            due = await plan(connection, BEGIN, statement, *await executed.wait_for(statement))
+            assert due["Actual Rows"] == 0
+            assert touched(due) < 20, "a look at the first entry of the index, and at the relay's own row"
 
 
 async def test_promise_6_a_hundred_thousand_rows_that_are_due_do_not_hide_the_next_suspect_of_a_crash(
-    connection: asyncpg.Connection, queries: Queries, claimant: UUID
+    connection: asyncpg.Connection, queries: Queries
 ) -> None:
+    claimant = UUID(int=1)
+    await connection.execute(queries.register, claimant, HOUR)
     await connection.execute(_HUNDRED_THOUSAND, -3_600)
     await connection.execute("VACUUM ANALYZE outbox_waiting")
-    suspect = await plan(connection, queries.begin, queries.claim_crash_suspect, claimant)
+    suspect = await plan(connection, BEGIN, queries.claim_crash_suspect, claimant)
     assert suspect["Actual Rows"] == 0
     assert touched(suspect) < 20
 
@@ -499,45 +501,41 @@ async def snapshot_held(dsn: str) -> AsyncIterator[None]:
 async def test_promise_8_a_claim_does_not_walk_over_rows_that_are_dead_but_held_by_an_old_snapshot(
     connection: asyncpg.Connection, dsn: str, outbox: Outbox, queries: Queries, commit: CommitStrategy
 ) -> None:
-    count, beyond, destination = 20_000, asyncio.Event(), CollectingDispatcher()
-    bounds: list[int] = []
-
-    async def watch(relays: asyncpg.Connection) -> None:
-        def log(query: asyncpg.connection.LoggedQuery) -> None:
-            if query.query == queries.lock_fresh:
-                bounds.append(query.args[0])
-                if len(bounds) >= 10 and min(bounds[-10:]) >= count:
-                    beyond.set()
-
-        relays.add_query_logger(log)
-
+    count, destination = 20_000, CollectingDispatcher()
     await outbox.persist(connection, *numbered(count))
-    async with snapshot_held(dsn), asyncpg.create_pool(dsn, min_size=2, max_size=2, init=watch) as pool:
-        relay = Relay(outbox, pool, destination, commit=commit, poll_interval=SECOND / 50)
-        async with running(relay):
+    async with snapshot_held(dsn), watched_pool(dsn) as (pool, executed):
+
+        def last_bounds() -> list[int]:
+            return [bound for bound, _ in executed.arguments(queries.lock_fresh)][-10:]
+
+        async with running(Relay(outbox, pool, destination, commit=commit, poll_interval=SECOND / 50)):
             await destination.wait_for(count)
-            # The cursor and, in every sweep, the floor have moved beyond them.
-            await beyond.wait()
+            # The cursor and, where the sweeps begin, the floor have moved beyond them.
+            await executed.until(lambda: min(last_bounds()) >= count)
         await connection.execute("VACUUM outbox")
         await outbox.persist(connection, *numbered(100))
 
-        claim = await plan(connection, queries.begin, queries.lock_fresh, count, 10)
+        claim = await plan(connection, BEGIN, queries.lock_fresh, count, 10)
         assert claim["Actual Rows"] == 10
         assert touched(claim) < 40
-        floor = await plan(connection, queries.begin, queries.lowest_fresh, count, count + 100)
+        floor = await plan(connection, BEGIN, queries.lowest_fresh, count, count + 100)
         assert touched(floor) < 40
-        without_bound = await plan(connection, queries.begin, queries.lock_fresh, 0, 10)
+        without_bound = await plan(connection, BEGIN, queries.lock_fresh, 0, 10)
         assert touched(without_bound) > 10 * touched(claim), "the dead rows are there, and would be walked over"
 
 
-async def test_promise_8_a_claim_walks_along_the_primary_key_whatever_the_statistics_say(
+async def test_promise_8_a_claim_walks_along_the_primary_key_though_it_was_planned_for_an_empty_table(
     connection: asyncpg.Connection, outbox: Outbox, queries: Queries
 ) -> None:
     await connection.execute("ANALYZE outbox, outbox_claims")
+    await prepare(connection, BEGIN, queries.lock_fresh)
+    await explain(connection, BEGIN, 0, 100)
     await outbox.persist(connection, *numbered(20_000))
     claimed = "INSERT INTO outbox_claims VALUES (1000, gen_random_uuid(), ARRAY(SELECT generate_series(1, 1000)))"
     await connection.execute(claimed)
-    claim = await plan(connection, queries.begin, queries.lock_fresh, 0, 100)
+
+    claim = await explain(connection, BEGIN, 0, 100)
+
     assert claim["Actual Rows"] == 100
     [scan] = [node for node in nodes(claim) if node.get("Relation Name") == "outbox"]
     assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "outbox_pkey")
@@ -668,6 +666,24 @@ async def test_promise_9_a_single_batch_does_not_wait_for_a_connection_that_swal
 _ORDER = 'INSERT INTO "{schema}".orders VALUES ($1)'
 
 
+class Inspector:
+    """A destination that looks at the session of the server between two transactions of the relays."""
+
+    def __init__(self, connection: asyncpg.Connection, inner: Dispatcher) -> None:
+        self._connection = connection
+        self._inner = inner
+        self._lock = anyio.Lock()
+        self.sessions: list[list[tuple[str, ...]]] = []
+
+    async def dispatch(self, *messages: Message) -> None:
+        await self.inspect()
+        await self._inner.dispatch(*messages)
+
+    async def inspect(self) -> None:
+        async with self._lock:
+            self.sessions.append([tuple(row) for row in await self._connection.fetch("SHOW ALL")])
+
+
 async def test_promise_10_the_main_job_works_through_pgbouncer_in_transaction_mode(
     connection: asyncpg.Connection, dsn: str, outbox: Outbox
 ) -> None:
@@ -690,17 +706,21 @@ async def test_promise_10_the_main_job_works_through_pgbouncer_in_transaction_mo
         pgbouncer(dsn, pool_size=1) as through,
         asyncpg.create_pool(through, min_size=1, max_size=10, statement_cache_size=0) as pool,
     ):
-        before = await pool.fetch("SHOW ALL")
         async with pool.acquire() as pooled:
             await mine.migrate(pooled)
         destination = FailingDispatcher([ConnectionError("away"), *repeat(reject_1, 1_000)], accepted)
-        relays = [Relay(mine, pool, destination, batch_size=10, backoff=NoWaiting(), hooks=[events]) for _ in range(2)]
+        inspector = Inspector(await asyncpg.connect(through, statement_cache_size=0), destination)
+        await inspector.inspect()
+        relays = [Relay(mine, pool, inspector, batch_size=10, backoff=NoWaiting(), hooks=[events]) for _ in range(2)]
         async with running(*relays), anyio.create_task_group() as writers:
             for first in (0, 50, 100, 150):
                 writers.start_soon(order, first)
             await accepted.wait_for(159)
             await events.wait_for(MessageDied)
-        assert await pool.fetch("SHOW ALL") == before, "no setting stays behind on the server's connection"
+        before, *during = inspector.sessions
+        assert len(during) > 10
+        changed = {setting for session in during for setting in session if setting not in before}
+        assert changed == set(), "no setting stays behind"
     committed = [number for number in range(200) if number % 5]
     assert await orders(connection) == committed
     assert sorted([1, *numbers(accepted.messages)]) == committed

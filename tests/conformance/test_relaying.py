@@ -1,6 +1,6 @@
 """Relaying, as EventSauce's relay commands and its back-off do it."""
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from uuid import uuid5
 
 import asyncpg
@@ -30,7 +30,7 @@ from outbox import (
 )
 from outbox._queries import Queries  # noqa: TID251 -- to recognise a settling by its real statement
 from outbox.testing import CollectingDispatcher, FailingDispatcher, assert_dispatched, drain
-from tests.conformance.support import HOUR, SECOND, Events, numbered, numbers, running, write
+from tests.conformance.support import HOUR, SECOND, Events, numbered, numbers, running, watched_pool, write
 
 DAY = timedelta(days=1)
 
@@ -221,20 +221,12 @@ async def test_the_relay_hands_over_three_messages_in_order_and_returns_3(
 async def test_with_4_messages_in_chunks_of_3_it_settles_twice(
     dsn: str, connection: asyncpg.Connection, outbox: Outbox
 ) -> None:
-    queries, settled = Queries(outbox.table, outbox.schema), []
-
-    async def watch(relays: asyncpg.Connection) -> None:
-        def log(query: asyncpg.connection.LoggedQuery) -> None:
-            if query.query == queries.remove:
-                settled.append(len(query.args[0]))
-
-        relays.add_query_logger(log)
-
-    async with asyncpg.create_pool(dsn, min_size=1, max_size=4, init=watch) as pool:
+    settle = Queries(outbox.table, outbox.schema).remove
+    async with watched_pool(dsn) as (pool, executed):
         await write(pool, outbox, *numbered(4))
         relay = Relay(outbox, pool, CollectingDispatcher(), batch_size=3)
         assert [await relay.run_once() for _ in range(3)] == [3, 1, 0]
-    assert settled == [3, 1]
+    assert [len(positions) for (positions,) in executed.arguments(settle)] == [3, 1]
     assert (await outbox.counts(connection)).total == 0
 
 
@@ -266,15 +258,31 @@ async def test_delete_leaves_no_row_and_mark_leaves_all_rows_marked(
     assert await Relay(outbox, pool, destination, commit=commit).run_once() == 0
 
 
-async def test_marked_rows_older_than_asked_are_cleaned_up_by_the_relay(
+async def test_a_relay_cleans_up_the_marked_rows_that_are_older_than_it_is_to_keep_them(
+    dsn: str, connection: asyncpg.Connection, outbox: Outbox
+) -> None:
+    cleanup = Queries(outbox.table, outbox.schema).cleanup
+    async with watched_pool(dsn) as (pool, executed):
+        await write(pool, outbox, *numbered(4))
+        await drain(outbox, pool, commit=CommitStrategy.MARK)
+        await connection.execute(
+            "UPDATE outbox SET dispatched_at = dispatched_at - interval '1 day' WHERE position < 4"
+        )
+        async with running(Relay(outbox, pool, CollectingDispatcher(), commit=CommitStrategy.MARK, keep=HOUR)):
+            # The second time says that the first was committed.
+            await executed.until(lambda: len(executed.arguments(cleanup)) == 2)
+    assert (await outbox.counts(connection)).dispatched == 1
+
+
+async def test_a_delayed_message_is_delivered_when_its_time_has_come_and_holds_up_no_other(
     connection: asyncpg.Connection, pool: asyncpg.Pool, outbox: Outbox
 ) -> None:
-    await write(pool, outbox, *numbered(4))
-    await drain(outbox, pool, commit=CommitStrategy.MARK)
-    await connection.execute("UPDATE outbox SET dispatched_at = dispatched_at - interval '2 days' WHERE position <= 3")
-    assert await outbox.cleanup(connection, DAY * 3, 100) == 0
-    assert await outbox.cleanup(connection, DAY, 100) == 3
-    assert (await outbox.counts(connection)).dispatched == 1
+    delayed = Message({"number": 0}, topic="numbers", due_at=datetime.now(UTC) + HOUR)
+    await write(pool, outbox, delayed, *numbered(3))
+    assert numbers(await drain(outbox, pool)) == [1, 2, 3]
+    # An hour passes.
+    await connection.execute("UPDATE outbox_waiting SET due_at = due_at - interval '1 hour'")
+    assert await drain(outbox, pool) == [delayed]
 
 
 async def test_a_relay_in_the_background_delivers_what_is_written_while_it_runs(
