@@ -219,9 +219,7 @@ class Claims:
         claim = Claim(claimed["upto"], messages)
         return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
 
-    async def _with_large_bodies(
-        self, connection: Connection, rows: Sequence[asyncpg.Record], room: int
-    ) -> list[Any]:
+    async def _with_large_bodies(self, connection: Connection, rows: Sequence[asyncpg.Record], room: int) -> list[Any]:
         """Completes rows with their bodies, one at least, and as many as there is room for."""
         complete: list[Any] = []
         for row in rows:

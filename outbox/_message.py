@@ -52,6 +52,7 @@ class Message:
         "_attempts",
         "_body",
         "_codec",
+        "_dispatched_at",
         "_due_at",
         "_headers",
         "_id",
@@ -87,6 +88,7 @@ class Message:
         self._body: bytes | None = None
         self._codec: Codec = _PLAIN
         self._position: int | None = None
+        self._dispatched_at: datetime | None = None
         self._attempts = 0
 
     @classmethod
@@ -113,6 +115,7 @@ class Message:
         message._payload = _MISSING
         message._recorded_at = recorded_at
         message._due_at = None
+        message._dispatched_at = None
         message._attempts = attempts
         return message
 
@@ -162,6 +165,11 @@ class Message:
     def position(self) -> int | None:
         """The place in the outbox; None until it was stored. Gaps are normal, a lower one may commit later."""
         return self._position
+
+    @property
+    def dispatched_at(self) -> datetime | None:
+        """When the message was marked as dispatched; None while it is pending."""
+        return self._dispatched_at
 
     @property
     def attempts(self) -> int:

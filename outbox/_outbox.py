@@ -209,13 +209,21 @@ class Outbox:
 
     # --- reading and settling, for relays of your own and for operators -----------------------------------
 
-    async def retrieve(self, connection: Connection, limit: int) -> list[Message]:
+    async def retrieve(self, connection: Connection, limit: int, *, dispatched: bool = False) -> list[Message]:
         """Returns up to `limit` pending messages in the order of their positions, waiting ones included.
 
-        It claims nothing: a relay may deliver them at the same time.
+        It claims nothing: a relay may deliver them at the same time. With `dispatched` it returns those that were
+        marked instead, each with its `dispatched_at`.
         """
         with self._surfacing("cannot retrieve"):
-            return [Message._stored(self.codec, *row) for row in await connection.fetch(self._queries.retrieve, limit)]
+            if not dispatched:
+                rows = await connection.fetch(self._queries.retrieve, limit)
+                return [Message._stored(self.codec, *row) for row in rows]
+            marked = await connection.fetch(self._queries.retrieve_dispatched, limit)
+        messages = [Message._stored(self.codec, *row[:-1]) for row in marked]
+        for message, row in zip(messages, marked, strict=True):
+            message._dispatched_at = row["dispatched_at"]
+        return messages
 
     async def mark_dispatched(self, connection: Connection, *messages: Message) -> None:
         """Marks retrieved messages as dispatched, at the database's time; they are kept until `cleanup`."""

@@ -244,6 +244,9 @@ class Queries:
                  ORDER BY position LIMIT $1)) AS pending
             ORDER BY position LIMIT $1"""
 
+        self.retrieve_dispatched = f"""
+            SELECT {_MESSAGE}, dispatched_at FROM {outbox} WHERE dispatched_at IS NOT NULL ORDER BY position LIMIT $1"""
+
         self.clear = f"""
             WITH fresh AS (DELETE FROM {outbox}), later AS (DELETE FROM {waiting}), held AS (DELETE FROM {claims})
             DELETE FROM {dead}"""

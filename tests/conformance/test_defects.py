@@ -204,6 +204,9 @@ async def test_defect_6_the_time_of_dispatching_is_read_back(
     counts = await outbox.counts(connection)
     assert (counts.dispatched, counts.pending) == (3, 2)
     assert numbers(await outbox.retrieve(connection, 10)) == [4, 5]
+    marked = await outbox.retrieve(connection, 10, dispatched=True)
+    assert numbers(marked) == [1, 2, 3]
+    assert all(message.dispatched_at for message in marked)
     assert numbers(await drain(outbox, pool, commit=CommitStrategy.MARK)) == [4, 5]
     await connection.execute("UPDATE outbox SET dispatched_at = dispatched_at - interval '1 day' WHERE position <= 2")
     assert await outbox.cleanup(connection, HOUR, 100) == 2

@@ -26,7 +26,7 @@ async def test_messages_are_retrieved_up_to_a_limit_in_the_order_of_recording(
     assert positions == sorted(positions)
 
 
-async def test_a_retrieved_message_has_id_position_and_time_of_recording_and_its_row_the_time_of_dispatching(
+async def test_a_retrieved_message_has_id_position_time_of_recording_and_time_of_dispatching(
     connection: asyncpg.Connection, outbox: Outbox
 ) -> None:
     noon = datetime(2024, 2, 29, 12, tzinfo=UTC)
@@ -34,12 +34,15 @@ async def test_a_retrieved_message_has_id_position_and_time_of_recording_and_its
     await outbox.persist(connection, written)
     [message] = await outbox.retrieve(connection, ALL)
     assert (message.id, message.recorded_at, message.payload) == (written.id, noon, "hello")
+    assert message.dispatched_at is None
     before = await connection.fetchval("SELECT clock_timestamp()")
     await outbox.mark_dispatched(connection, message)
-    row = await connection.fetchrow("SELECT position, dispatched_at, clock_timestamp() AS now FROM outbox")
-    assert row is not None
-    assert message.position == row["position"]
-    assert before < row["dispatched_at"] < row["now"]
+    after = await connection.fetchval("SELECT clock_timestamp()")
+    [marked] = await outbox.retrieve(connection, ALL, dispatched=True)
+    assert marked == message
+    assert marked.position == message.position == await connection.fetchval("SELECT position FROM outbox")
+    assert marked.dispatched_at is not None
+    assert before < marked.dispatched_at < after
 
 
 async def test_marking_removing_and_clearing_take_what_was_retrieved(
