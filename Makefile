@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format coverage docs test-matrix clean pgbouncer .venv
+.PHONY: help demo test chaos check format coverage bench docs test-matrix clean pgbouncer .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proo
 
 test: .venv pgbouncer  ## Run the tests; they start their own PostgreSQL
 	@$(BIN)/pytest
+
+chaos: .venv  ## Faults of every kind for two minutes, then the proof; for more: make chaos CHAOS='--seconds 1800'
+	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 check: .venv  ## What CI checks: format, lint, types, and the direction of the imports
 	@$(BIN)/ruff format --check .
@@ -28,6 +31,9 @@ coverage: .venv  ## Run the tests and show which lines they never reach
 	@$(BIN)/coverage run -m pytest
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
+
+bench: .venv  ## Measure it against the same work written by hand, as ratios; about a minute
+	@$(BIN)/python benchmarks/bench.py
 
 docs: .venv  ## Build the documentation into site/; a broken link is an error
 	@$(BIN)/zensical build --clean --strict

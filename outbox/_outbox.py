@@ -116,7 +116,8 @@ class Outbox:
         """Creates or upgrades the tables, and returns the version they have now.
 
         All in one transaction, under a lock: several services may migrate at the same time. It changes nothing
-        when there is nothing to do.
+        when there is nothing to do. Cancelled, it makes all or nothing; a connection that is not a pool's needs a
+        `reset()` afterwards, since the driver may think that a transaction is still open.
 
         Raises:
             SchemaError: When the tables are newer than this version of the library.

@@ -50,6 +50,8 @@ _START_INTERVAL: Final = 60.0
 """Seconds after which all bounds are forgotten, and claims of nobody looked for: both should never matter."""
 _SHARE: Final = 20
 """A search over rows that may be dead takes at most about one part in this many of the time."""
+_LOOK_UP: Final = 1.0
+"""Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
 """How long the last settling may take when the relay was cancelled rather than stopped."""
 _CLEANUP_INTERVAL: Final = 1.0
@@ -101,6 +103,7 @@ class Worker:
         self._ready, self._to_deliver = anyio.create_memory_object_stream[Batch](float("inf"))
         self._delivered = 0
         self._in_doubt = False
+        self._settle_lock = anyio.Lock()
         self._outcomes = Settlement(self._claims.owner)
         self._unsettled: list[Settlement] = []
         self._given_back = 0
@@ -151,6 +154,9 @@ class Worker:
                     # Deliveries get the most of the grace period, the rest is for settling what they did.
                     self._stop_by = anyio.current_time() + self._grace
                     work.cancel_scope.deadline = self._stop_by - self._grace / 4
+            with anyio.move_on_after(self._grace / 8):  # a settling under way may finish, it is the last but one
+                async with self._settle_lock:
+                    life.cancel_scope.cancel()
             life.cancel_scope.cancel()
 
     async def run_once(self) -> int:
@@ -197,8 +203,10 @@ class Worker:
         finally:
             self._ready.close()
             self._to_deliver.close()
-            for session in (self._searching, self._upkeep):
-                await session.close(in_doubt=in_doubt)
+            try:
+                await self._searching.close(in_doubt=in_doubt)
+            finally:  # a cancellation of asyncio's own passes through every shield
+                await self._upkeep.close(in_doubt=in_doubt)
 
     async def _finish(self) -> None:
         while True:
@@ -225,7 +233,9 @@ class Worker:
                 if not is_transient(error) or self._settings.pool.is_closing():
                     raise
                 failures += 1
-                self._next_start = 0.0  # whatever is known of the table is known no more
+                # Whatever is known of the table is known no more: a server that crashed may have forgotten a settling.
+                self._next_start = 0.0
+                self._in_doubt = True
                 delay = _DATABASE_DOWN(failures, error)
                 assert delay is not None
                 self._tell(DatabaseLost(error, delay))
@@ -244,7 +254,8 @@ class Worker:
                     break
                 if self._holdings.is_half_full:
                     self._space.clear()
-                    await self._space.wait()
+                    with anyio.move_on_after(_LOOK_UP):
+                        await self._space.wait()
                     continue
                 self._wake.clear()
                 batches = await self._persistently(self._claim)
@@ -261,6 +272,8 @@ class Worker:
         """Claims what there is room for, in one short transaction; only its COMMIT makes it ours."""
         if self._stopping.is_set():
             return []
+        if self._unsettled:  # run again after a new claim of the same message, it would let go of that one
+            await self._settle()
         claims, size, started = self._claims, self._settings.batch_size, monotonic()
         sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
         async with self._doubting() as connection:
@@ -303,7 +316,7 @@ class Worker:
 
     @asynccontextmanager
     async def _doubting(self) -> AsyncIterator[Connection]:
-        """A transaction for claiming: when its outcome is unknown, the next one lets go of what it may have left."""
+        """A transaction for claiming, which first lets go of what the last one, its outcome unknown, may have left."""
         async with self._searching.transaction() as connection:
             if self._in_doubt:
                 await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
@@ -332,12 +345,17 @@ class Worker:
 
     async def _may_dispatch(self, batch: Batch) -> bool:
         """Waits for the lease and for the destination; False when the relay is stopping or lost the batch."""
-        while monotonic() >= self._lease_ends and not self._stopping.is_set():
-            self._renewed.clear()
-            await self._renewed.wait()
-        if self._stopping.is_set() or batch.owner != self._claims.owner:
-            return False
-        return await self._breaker.admit()
+        while not self._stopping.is_set() and batch.owner == self._claims.owner:
+            if monotonic() >= self._lease_ends:
+                self._renewed.clear()
+                await self._renewed.wait()
+            elif not await self._breaker.admit():
+                return False
+            elif monotonic() < self._lease_ends and batch.owner == self._claims.owner:
+                return True
+            else:  # it was lost while it waited for the destination
+                self._breaker.released()
+        return False
 
     async def _attempt(self, batch: Batch, messages: Sequence[Message]) -> Sequence[Message]:
         """Dispatches once, notes what became of the messages, and returns those to be tried again by this relay."""
@@ -422,17 +440,21 @@ class Worker:
         if self._outcomes.messages:
             self._unsettled.append(self._outcomes)
             self._outcomes = Settlement(self._outcomes.owner)
-        while self._unsettled:
-            settlement = self._unsettled[0]
-            async with self._searching.transaction() as connection:
-                await self._claims.settle(connection, settlement)
-            del self._unsettled[0]
-            self._holdings.remove(settlement)
-            self._space.set()
-            if settlement.crash_suspects:
-                self._next_due = 0.0
-            if settlement.delivered_waiting or settlement.postponed or settlement.buried:
-                self._wake.set()  # there is room for more of those that are due
+        async with self._settle_lock:
+            while self._unsettled:
+                settlement = self._unsettled[0]
+                async with self._searching.transaction() as connection:
+                    await self._claims.settle(connection, settlement)
+                del self._unsettled[0]
+                self._forget(settlement)
+
+    def _forget(self, settlement: Settlement) -> None:
+        self._holdings.remove(settlement)
+        self._space.set()
+        if settlement.crash_suspects:
+            self._next_due = 0.0
+        if settlement.delivered_waiting or settlement.postponed or settlement.buried:
+            self._wake.set()  # there is room for more of those that are due
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 

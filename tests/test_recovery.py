@@ -1,5 +1,7 @@
 """Relays, the server and the network are killed, frozen and cut; nothing is lost, and little is repeated."""
 
+from __future__ import annotations  # the driver's classes are generic for the type checker alone
+
 import asyncio
 import signal
 from collections import defaultdict
@@ -15,7 +17,7 @@ import anyio
 import asyncpg
 import pytest
 
-from outbox import Message, Outbox, Relay
+from outbox import DestinationUnavailableError, LinearBackOff, Message, NoWaiting, Outbox, Relay, RelayFenced
 from outbox.embedded import Server
 from tests.conftest import StartServer
 from tests.faults import FaultProxy
@@ -200,3 +202,130 @@ async def _migrate(server: Server, outbox: Outbox) -> None:
     connection = await asyncpg.connect(server.dsn)
     await outbox.migrate(connection)
     await connection.close()
+
+
+async def test_a_relay_taken_for_dead_while_it_waits_for_its_destination_does_not_deliver_what_it_lost(
+    dsn: str, outbox: Outbox
+) -> None:
+    down, called, fenced = [True], asyncio.Event(), asyncio.Event()
+    late: list[UUID] = []
+
+    class Down:
+        async def dispatch(self, *messages: Message) -> None:
+            called.set()
+            if down:
+                raise DestinationUnavailableError("down")
+            late.extend(message.id for message in messages)
+
+    def breaker(*_: object) -> timedelta:
+        return timedelta(milliseconds=300 if fenced.is_set() else 1500)
+
+    pool = await asyncpg.create_pool(dsn, min_size=0, max_size=3)
+    hooks = [lambda event: fenced.set() if isinstance(event, RelayFenced) else None]
+    lease = timedelta(seconds=1)
+    lost = Relay(outbox, pool, Down(), lease=lease, destination_backoff=breaker, hooks=hooks)
+    try:
+        async with anyio.create_task_group() as group:
+            await group.start(lost.run)
+            connection = await asyncpg.connect(dsn)
+            message = Message("x", topic="t")
+            await outbox.persist(connection, message)
+            await called.wait()
+            await connection.execute(f"UPDATE {outbox.schema}.outbox_relays SET until = now() - interval '1 h'")  # noqa: S608
+            async with relaying(dsn, outbox) as other:
+                await other.all_of({message.id})
+                await fenced.wait()
+                down.clear()
+                last = Message("y", topic="t")
+                await outbox.persist(connection, last)
+                await asyncio.sleep(1.7)  # why a sleep: for as long as the breaker of the other one can stay open
+            await lost.stop()
+            await connection.close()
+    finally:
+        pool.terminate()
+    assert message.id not in late
+
+
+async def test_a_settling_whose_commit_got_no_answer_does_not_touch_the_next_claim(
+    dsn: str, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The settling is tried again after half a second, by when the message could have been claimed anew.
+    slow = LinearBackOff(initial=timedelta(milliseconds=500), max_tries=-1)
+    monkeypatch.setattr("outbox._worker._DATABASE_DOWN", slow)
+    cut: list[bool] = []
+    settling: set[int] = set()
+
+    class Cutting(asyncpg.Connection):
+        async def execute(self, query: str, *args: Any, **options: Any) -> str:
+            status: str = await super().execute(query, *args, **options)
+            if "SET owner = NULL, due_at" in query:
+                settling.add(id(self))
+            if query == "COMMIT" and id(self) in settling and not cut:
+                cut.append(True)
+                self.terminate()
+                raise ConnectionResetError("the COMMIT got through, its answer did not")
+            return status
+
+    under_way = [0]
+    most: list[int] = []
+    accepted = asyncio.Event()
+
+    class Destination:
+        calls = 0
+
+        async def dispatch(self, *_: Message) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("not now")
+            under_way[0] += 1
+            most.append(under_way[0])
+            await asyncio.sleep(1)  # why a sleep: time for a second delivery of the same message to begin
+            under_way[0] -= 1
+            accepted.set()
+
+    pool = await asyncpg.create_pool(dsn, min_size=0, max_size=4, connection_class=Cutting)
+    quick = {"backoff": NoWaiting(max_tries=-1), "poll_interval": timedelta(milliseconds=5)}
+    relay = Relay(outbox, pool, Destination(), **quick)  # type: ignore[arg-type]  # settings of several types
+    try:
+        async with anyio.create_task_group() as group:
+            await group.start(relay.run)
+            async with pool.acquire() as connection:
+                await outbox.persist(connection, Message("x", topic="t"))
+            await accepted.wait()
+            await relay.stop()
+    finally:
+        pool.terminate()
+    assert cut, "the fault happened"
+    assert most == [1]
+
+
+async def test_what_the_server_forgot_to_be_settled_is_delivered_again(
+    own_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, outbox, gate = await own_server(wal_writer_delay="10s"), Outbox(), asyncio.Event()
+    await _migrate(server, outbox)
+    async with relaying(server.dsn, outbox) as recorder:
+        take = recorder.dispatch
+
+        async def gated(*messages: Message) -> None:
+            await gate.wait()
+            await take(*messages)
+
+        # Holds the destination until the claim is on disk.
+        monkeypatch.setattr(recorder, "dispatch", gated)
+        connection = await asyncpg.connect(server.dsn)
+        messages = [Message(number, topic="t") for number in range(20)]
+        await outbox.persist(connection, *messages)
+        while not await connection.fetchval("SELECT count(*) FROM outbox_claims"):  # noqa: ASYNC110 -- a row, no event
+            await asyncio.sleep(0.01)
+        await connection.execute("CREATE TABLE flushes_the_log ()")
+        gate.set()
+        while await connection.fetchval("SELECT count(*) FROM outbox_claims"):  # noqa: ASYNC110 -- a row, no event
+            await asyncio.sleep(0.001)
+        await server.kill()
+        await server.start()
+        connection = await asyncpg.connect(server.dsn)
+        while (await outbox.counts(connection)).pending:  # noqa: ASYNC110 -- the table itself is the point
+            await asyncio.sleep(0.05)
+        await connection.close()
+    assert {message.id for message in messages} == set(recorder.ids)

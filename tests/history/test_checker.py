@@ -1,0 +1,351 @@
+"""The checker passes good histories and fails each of those with a fault seeded into it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.history.checker import Committed, Delivery, History, Span, check
+
+
+def delivery(position: int, relay: int = 1, *, at: float | None = None, answered: bool = True) -> Delivery:
+    """The delivery of message m1, m2 … at its own second, unless told otherwise."""
+    begun = float(position) if at is None else at
+    return Delivery(f"m{position}", position, relay, begun, begun + 0.5 if answered else None)
+
+
+def history_of(count: int, *, held: int = 2, lease: float = 2.0) -> History:
+    """One relay delivers so many messages of two keys, one each second."""
+    return History(
+        lease=lease,
+        held=held,
+        unflushed=1.0,
+        committed={f"m{one}": Committed(f"m{one}", one, f"k{one % 2}", commit=one) for one in range(1, count + 1)},
+        deliveries=[delivery(one) for one in range(1, count + 1)],
+    )
+
+
+def test_a_history_without_a_fault_breaks_nothing() -> None:
+    verdict = check(history_of(9))
+    assert not verdict.violations(ordered=True)
+    assert not verdict.explained
+    assert not verdict.late
+
+
+# --- each fault by itself -----------------------------------------------------------------------------------
+
+
+def test_a_committed_message_that_nobody_delivered_is_lost() -> None:
+    history = history_of(9)
+    del history.deliveries[4]
+    assert check(history).lost == ["m5"]
+
+
+def test_a_dead_letter_is_not_lost_but_only_what_is_rejected_may_be_one() -> None:
+    history = history_of(9)
+    del history.deliveries[4]
+    history.dead = ["m5"]
+    assert check(history).buried == ["m5"]
+    history.committed["m5"] = replace(history.committed["m5"], rejected=True)
+    assert not check(history).violations(ordered=True)
+
+
+def test_a_rejected_message_that_is_no_dead_letter_is_lost() -> None:
+    history = history_of(9)
+    del history.deliveries[4]
+    history.committed["m5"] = replace(history.committed["m5"], rejected=True)
+    assert check(history).lost == ["m5"]
+
+
+def test_a_message_cannot_be_delivered_and_a_dead_letter() -> None:
+    history = history_of(9)
+    history.committed["m5"] = replace(history.committed["m5"], rejected=True)
+    history.dead = ["m5"]
+    assert check(history).buried == ["m5"]
+
+
+def test_a_message_that_nobody_wrote_is_invented() -> None:
+    history = history_of(9)
+    history.deliveries.append(delivery(10))
+    assert check(history).invented == ["m10"]
+
+
+def test_a_message_of_a_rolled_back_transaction_must_not_be_delivered() -> None:
+    history = history_of(9)
+    history.rolled_back = {"m10"}
+    assert not check(history).violations(ordered=True)
+    history.deliveries.append(delivery(10))
+    assert check(history).uncommitted == ["m10"]
+
+
+@pytest.mark.parametrize("change", [{"check": 7}, {"position": 99}])
+def test_another_body_or_position_than_was_written_is_found(change: dict[str, Any]) -> None:
+    history = history_of(9)
+    history.deliveries[4] = replace(history.deliveries[4], **change)
+    assert check(history).altered == ["m5"]
+
+
+def test_a_first_delivery_behind_a_higher_position_of_its_key_is_out_of_order() -> None:
+    history = history_of(9)
+    history.deliveries[4], history.deliveries[6] = history.deliveries[6], history.deliveries[4]
+    verdict = check(history)
+    assert verdict.disordered == ["m5"]
+    assert verdict.violations(ordered=True)
+    assert not verdict.violations(ordered=False)
+
+
+def test_order_is_that_of_each_key_alone() -> None:
+    history = history_of(9)
+    history.deliveries[4], history.deliveries[5] = history.deliveries[5], history.deliveries[4]
+    assert not check(history).disordered
+
+
+@pytest.mark.parametrize("change", [{"key": None}, {"delayed": True}])
+def test_messages_without_a_key_and_delayed_ones_have_no_order(change: dict[str, Any]) -> None:
+    history = history_of(9)
+    history.deliveries[4], history.deliveries[6] = history.deliveries[6], history.deliveries[4]
+    history.committed["m5"] = replace(history.committed["m5"], **change)
+    assert not check(history).disordered
+
+
+def test_order_is_judged_on_first_deliveries() -> None:
+    history = history_of(9)
+    history.deliveries.append(delivery(5, 2, at=10))
+    assert not check(history).disordered
+
+
+def test_a_commit_behind_a_higher_position_of_its_key_is_counted_and_no_fault() -> None:
+    history = history_of(9)
+    history.committed["m5"] = replace(history.committed["m5"], commit=100)
+    verdict = check(history)
+    assert verdict.late == ["m5"]
+    assert not verdict.violations(ordered=True)
+
+
+# --- duplicates ---------------------------------------------------------------------------------------------
+
+
+def test_a_duplicate_without_a_reason_is_not_explained() -> None:
+    history = history_of(9)
+    history.deliveries.append(delivery(9, 2, at=10))
+    assert check(history).unexplained == ["m9"]
+
+
+def test_a_killed_relay_explains_what_it_had_in_its_hands_and_no_more() -> None:
+    history = history_of(9)
+    history.ends = [Span(1, 9.6, 9.6)]
+    history.deliveries += [delivery(one, 2, at=10) for one in (7, 8, 9)]
+    verdict = check(history)
+    assert verdict.explained == ["m8", "m9"]
+    assert verdict.unexplained == ["m7"]
+
+
+def test_what_was_answered_late_was_in_its_hands_for_longer() -> None:
+    history = history_of(9)
+    history.deliveries[0] = replace(history.deliveries[0], answered=9.4)
+    history.ends = [Span(1, 9.3, 9.3)]
+    history.deliveries.append(delivery(1, 2, at=10))
+    assert check(history).explained == ["m1"]
+
+
+def test_a_killed_relay_does_not_explain_what_it_delivered_itself_a_second_time() -> None:
+    history = history_of(9)
+    history.deliveries.append(delivery(3, 2, at=10))
+    history.ends = [Span(2, 10.6, 10.6)]
+    assert check(history).unexplained == ["m3"]
+
+
+def test_another_relay_that_was_killed_explains_nothing() -> None:
+    history = history_of(9)
+    history.ends = [Span(3, 9.6, 9.6)]
+    history.deliveries.append(delivery(9, 2, at=10))
+    assert check(history).unexplained == ["m9"]
+
+
+@pytest.mark.parametrize("kind", ["fences", "freezes"])
+def test_a_relay_taken_for_dead_may_deliver_after_the_other(kind: str) -> None:
+    history = history_of(9)
+    history.deliveries[8:] = [delivery(9, 2, at=12), replace(delivery(9, at=9), answered=13.5)]
+    setattr(history, kind, [Span(1, 9.2, 13.0)])
+    assert check(history).explained == ["m9"]
+
+
+def test_a_freeze_shorter_than_what_is_left_of_the_lease_explains_nothing() -> None:
+    history = history_of(9)
+    history.deliveries.append(delivery(9, 2, at=12))
+    history.freezes = [Span(1, 9.2, 9.9)]
+    assert check(history).unexplained == ["m9"]
+
+
+def test_an_answer_that_never_came_explains_what_comes_later() -> None:
+    history = history_of(9)
+    history.deliveries[3] = delivery(4, answered=False)
+    history.deliveries.append(delivery(4, 2, at=12))
+    assert check(history).explained == ["m4"]
+
+
+def test_each_further_delivery_needs_its_reason() -> None:
+    history = history_of(9)
+    history.deliveries[3] = delivery(4, answered=False)
+    history.deliveries += [delivery(4, 2, at=12), delivery(4, 2, at=13)]
+    assert check(history).unexplained == ["m4"]
+
+
+def test_a_killed_server_explains_what_it_had_not_flushed_and_no_more() -> None:
+    history = history_of(9, held=100)
+    history.server_kills = [Span(0, 9.6, 9.7)]
+    history.deliveries += [delivery(one, 2, at=10) for one in (8, 9)]
+    verdict = check(history)
+    assert verdict.explained == ["m9"]
+    assert verdict.unexplained == ["m8"]
+
+
+def test_what_could_not_be_settled_before_the_server_was_killed_is_explained() -> None:
+    history = history_of(9, held=100)
+    history.server_kills = [Span(0, 9.6, 9.7)]
+    history.cuts = [Span(1, 5.0, 9.5)]
+    history.deliveries += [delivery(one, 2, at=10) for one in (3, 8)]
+    verdict = check(history)
+    assert verdict.explained == ["m8"]
+    assert verdict.unexplained == ["m3"]
+
+
+def test_a_relay_may_go_on_with_claims_that_a_killed_server_forgot() -> None:
+    history = history_of(9)
+    history.server_kills = [Span(0, 5.7, 5.8)]
+    history.deliveries[5:5] = [delivery(one, 2, at=5.9) for one in (6, 7, 8)]
+    verdict = check(history)
+    assert verdict.explained == ["m6", "m7"]
+    assert verdict.unexplained == ["m8"]
+
+
+# --- the record ---------------------------------------------------------------------------------------------
+
+
+def _lines(history: History) -> list[str]:
+    facts: list[dict[str, Any]] = [
+        {"do": "settings", "lease": history.lease, "held": history.held, "unflushed": history.unflushed}
+    ]
+    for call, one in enumerate(history.deliveries):
+        message = [one.id, one.position, one.check]
+        facts.append({"do": "took", "relay": one.relay, "call": call, "begun": one.begun, "messages": [message]})
+        if one.answered is not None:
+            facts.append({"do": "answered", "at": one.answered, "relay": one.relay, "call": call})
+    rows = [[m.id, m.position, m.key, m.check, m.delayed, m.rejected, m.commit] for m in history.committed.values()]
+    facts += [
+        {"do": "committed", "messages": rows},
+        {"do": "rolled_back", "messages": list(history.rolled_back)},
+        {"do": "dead", "messages": history.dead},
+    ]
+    for kind in ("end", "fence", "freeze", "cut", "server_kill"):
+        spans: list[Span] = getattr(history, f"{kind}s")
+        facts += [{"do": kind, "relay": one.relay, "since": one.since, "until": one.until} for one in spans]
+    return [json.dumps(fact) for fact in facts]
+
+
+def test_a_history_is_read_from_its_record_and_half_a_line_is_passed_over() -> None:
+    history = history_of(9)
+    history.deliveries[3] = delivery(4, answered=False)
+    history.rolled_back, history.dead, history.ends = {"m10"}, ["m11"], [Span(1, 2.0, 2.0)]
+    history.server_kills, history.cuts = [Span(0, 3.0, 4.0)], [Span(1, 3.0, 5.0)]
+    history.fences, history.freezes = [Span(1, 6.0, 6.0)], [Span(1, 6.0, 7.0)]
+    lines = _lines(history)
+    assert History.read([*lines[:4], "", lines[4][:20], *lines[4:]]) == history
+
+
+# --- histories that hypothesis makes ------------------------------------------------------------------------
+
+
+@st.composite
+def good_histories(draw: st.DrawFn) -> History:
+    """Several relays deliver in order of position; some are killed, and what they held is delivered once more."""
+    count = draw(st.integers(2, 40))
+    keys = draw(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=count, max_size=count))
+    history = History(lease=2.0, held=draw(st.integers(1, 5)), unflushed=1.0)
+    relay, number, now = 1, 0, 0.0
+    while number < count:
+        number += 1
+        now += 1
+        name = f"m{number}"
+        history.committed[name] = Committed(name, number, keys[number - 1], number * 31, commit=number)
+        history.deliveries.append(Delivery(name, number, relay, now, now + 0.5, number * 31))
+        if draw(st.integers(0, 7)) == 0:
+            now += 1
+            history.ends.append(Span(relay, now, now))
+            mine = [one for one in history.deliveries if one.relay == relay][-history.held :]
+            relay += 1
+            again = draw(st.lists(st.sampled_from(mine), unique=True))
+            history.deliveries += [replace(one, relay=relay, begun=now + 1, answered=None) for one in again]
+            now += 2
+    history.rolled_back = {f"r{one}" for one in range(draw(st.integers(1, 3)))}
+    return history
+
+
+def _lose(history: History, victim: Delivery) -> None:
+    history.deliveries = [one for one in history.deliveries if one.id != victim.id]
+
+
+def _invent(history: History, _: Delivery) -> None:
+    history.deliveries.append(Delivery("x", 99, 1, 0.0, 1.0))
+
+
+def _deliver_rolled_back(history: History, _: Delivery) -> None:
+    history.deliveries.append(Delivery(min(history.rolled_back), 99, 1, 0.0, 1.0))
+
+
+def _duplicate(history: History, victim: Delivery) -> None:
+    later = max(one.begun for one in history.deliveries) + 10
+    # By a relay to which nothing happened, twice: at most the first of them is explained.
+    again = replace(victim, relay=77, begun=later, answered=later + 0.5)
+    history.deliveries += [again, replace(again, relay=78)]
+
+
+def _alter(history: History, victim: Delivery) -> None:
+    history.deliveries[history.deliveries.index(victim)] = replace(victim, check=-1)
+
+
+def _bury(history: History, victim: Delivery) -> None:
+    _lose(history, victim)
+    history.dead.append(victim.id)
+
+
+def _reorder(history: History, victim: Delivery) -> None:
+    key = "reordered"
+    for name in (victim.id, "last"):
+        history.committed[name] = Committed(name, 1_000 if name == "last" else victim.position, key, victim.check)
+    history.deliveries.insert(0, Delivery("last", 1_000, 1, 0.0, 0.5, victim.check))
+
+
+FAULTS: dict[str, tuple[Callable[[History, Delivery], None], str]] = {
+    "lost": (_lose, "lost"),
+    "invented": (_invent, "invented"),
+    "rolled back": (_deliver_rolled_back, "uncommitted"),
+    "duplicated": (_duplicate, "unexplained"),
+    "altered": (_alter, "altered"),
+    "buried": (_bury, "buried"),
+    "reordered": (_reorder, "disordered"),
+}
+
+
+@given(history=good_histories())
+def test_no_good_history_breaks_anything(history: History) -> None:
+    verdict = check(history)
+    assert not verdict.violations(ordered=True)
+    assert set(verdict.explained) == {
+        one.id for one in history.deliveries if sum(other.id == one.id for other in history.deliveries) > 1
+    }
+
+
+@given(history=good_histories(), fault=st.sampled_from(sorted(FAULTS)), choice=st.randoms(use_true_random=False))
+def test_a_fault_seeded_into_a_good_history_is_found_and_nothing_else(
+    history: History, fault: str, choice: Any
+) -> None:
+    seed, finding = FAULTS[fault]
+    seed(history, choice.choice(history.deliveries))
+    verdict = check(history)
+    assert len(getattr(verdict, finding)) == 1
+    assert len(verdict.violations(ordered=True)) == 1

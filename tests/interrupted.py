@@ -1,0 +1,311 @@
+"""A relay interrupted at the n-th await of its cycle, wherever that is: the awaits are counted as they happen.
+
+In the tests' own process the interruption is a cancellation. Run as a program, this forks a process for each line
+of its input, has a relay run in it, and the process kills itself at the n-th await:
+
+python -m tests.interrupted    reads lines of JSON, see `_Order`; answers each with "killed" or "completed"
+
+The program has no thread, no loop and no connection when it forks: each process opens its own.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import anyio
+import asyncpg
+
+from outbox import CommitStrategy, DestinationUnavailableError, Message, NoWaiting, Outbox, PartialDispatchError, Relay
+from outbox import RejectedError as Rejected
+
+LEASE = timedelta(seconds=1)
+BATCH = 3
+MESSAGES = 5
+"""Of fresh messages, so that there is more than one batch."""
+
+
+# --- counting awaits ------------------------------------------------------------------------------------
+
+
+class Awaits:
+    """Counts each suspension of each task made inside `counted`, and interrupts at one of them.
+
+    Args:
+        at: The number of the suspension, from 1.
+        interrupt: Called with this, and with what the task is about to wait for: None is a mere turn of the loop.
+
+    Attributes:
+        count: How many there were.
+        task: The one that was begun first, and made the others.
+        scope: What it runs in.
+    """
+
+    def __init__(self, at: int, interrupt: "Interruption") -> None:
+        self.count = 0
+        self.task: asyncio.Task[Any]
+        self.scope = anyio.CancelScope()
+        self._at = at
+        self._interrupt = interrupt
+
+    @property
+    def reached(self) -> bool:
+        """Whether there were so many."""
+        return self.count >= self._at
+
+    def begin(self, work: Coroutine[Any, Any, object]) -> "asyncio.Task[Any]":
+        """Begins the work that is interrupted."""
+
+        async def scoped() -> None:
+            with self.scope:
+                await work
+
+        self.task = asyncio.create_task(scoped())
+        return self.task
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Has every task that is made from here on counted, and every task that those make."""
+        loop = asyncio.get_running_loop()
+        before = loop.get_task_factory()
+
+        def make(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+            return asyncio.Task(_Counted(coro, self), loop=loop, **options)
+
+        loop.set_task_factory(make)
+        try:
+            yield
+        finally:
+            loop.set_task_factory(before)
+
+    def suspended(self, waited: Any) -> None:
+        """Counts one, and interrupts if it is the one."""
+        self.count += 1
+        if self.count == self._at:
+            self._interrupt(self, waited)
+
+
+class _Counted(Coroutine[Any, Any, Any]):
+    """A coroutine that tells of each of its suspensions."""
+
+    def __init__(self, inner: Coroutine[Any, Any, Any], awaits: Awaits) -> None:
+        self._inner = inner
+        self._awaits = awaits
+
+    def send(self, value: Any) -> Any:
+        waited = self._inner.send(value)
+        self._awaits.suspended(waited)
+        return waited
+
+    def throw(self, *error: Any) -> Any:
+        waited = self._inner.throw(*error)
+        self._awaits.suspended(waited)
+        return waited
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._inner.__await__()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)  # cr_running and the like, by which anyio knows what may be cancelled
+
+
+Interruption = Callable[[Awaits, Any], None]
+
+
+# --- one cycle ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What there is to deliver, and what the destination answers to its first call; it accepts the others."""
+
+    answer: str = "accepts"
+    """accepts, partial, buries (a part of the batch), raises, rejects or unavailable."""
+    waiting: bool = False
+    """Delayed messages, and the suspect of a crash, instead of fresh ones."""
+    commit: str = "delete"
+    verb: str = "run_once"
+    """The method of the relay that makes the cycle."""
+
+    def __str__(self) -> str:
+        return "-".join([self.verb, self.commit, self.answer, *(["waiting"] if self.waiting else [])])
+
+    def relay(self, outbox: Outbox, pool: asyncpg.Pool, destination: "Destination") -> Relay:
+        return Relay(
+            outbox,
+            pool,
+            destination,
+            batch_size=BATCH,
+            concurrency=2,
+            commit=CommitStrategy(self.commit),
+            backoff=NoWaiting(),
+            destination_backoff=NoWaiting(max_tries=-1),
+            lease=LEASE,
+        )
+
+
+@dataclass
+class Destination:
+    """Notes what it accepts, with an await before and after."""
+
+    answer: str
+    note: Callable[[list[UUID]], None]
+    calls: list[tuple[Message, ...]] = field(default_factory=list)
+    inside: int = 0
+    accepted: set[UUID] = field(default_factory=set)
+    _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def dispatch(self, *messages: Message) -> None:
+        self.calls.append(messages)
+        self.inside += 1
+        try:
+            await asyncio.sleep(0)
+            error = self._error(messages) if len(self.calls) == 1 else None
+            refused = set(error.failures) if isinstance(error, PartialDispatchError) else set()
+            if error is None or refused:
+                ids = [message.id for message in messages if message.id not in refused]
+                self.note(ids)
+                self.accepted |= set(ids)
+            await asyncio.sleep(0)
+            if error:
+                raise error
+        finally:
+            self.inside -= 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def has_accepted(self, ids: set[UUID]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: ids <= self.accepted)
+
+    def _error(self, messages: tuple[Message, ...]) -> Exception | None:
+        match self.answer:
+            case "partial":
+                return PartialDispatchError({messages[-1].id: ValueError("no")})
+            case "buries":
+                return PartialDispatchError({messages[0].id: Rejected("never")})
+            case "raises":
+                return ValueError("no")
+            case "rejects":
+                return Rejected("never")
+            case "unavailable":
+                return DestinationUnavailableError("not now")
+            case _:
+                return None
+
+
+async def cycle(relay: Relay, scenario: Scenario, destination: Destination, ids: set[UUID], awaits: Awaits) -> None:
+    """Has the relay deliver one batch, or all messages and stop, in a task of its own whose awaits are counted."""
+
+    async def stop() -> None:
+        await destination.has_accepted(ids)
+        await relay.stop()
+
+    stopping = asyncio.create_task(stop())
+    with awaits.counted():
+        await asyncio.wait([awaits.begin(relay.run_once() if scenario.verb == "run_once" else relay.run())])
+    stopping.cancel()
+    await asyncio.wait([stopping])
+
+
+# --- processes that kill themselves -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Order:
+    dsn: str
+    schema: str
+    table: str
+    ids: list[str]
+    path: str
+    at: int
+    scenario: dict[str, Any]
+
+
+async def _cycle_in_a_process(order: _Order) -> None:
+    scenario = Scenario(**order.scenario)
+    file = os.open(order.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    # A whole batch in one write: a kill leaves no half of it.
+    destination = Destination(
+        scenario.answer, lambda ids: void(os.write(file, b"".join(f"{one}\n".encode() for one in ids)))
+    )
+    outbox = Outbox(order.table, schema=order.schema)
+    awaits = Awaits(order.at, lambda _, __: os.kill(os.getpid(), signal.SIGKILL))
+    async with asyncpg.create_pool(order.dsn, min_size=2, max_size=2) as pool:
+        await cycle(scenario.relay(outbox, pool, destination), scenario, destination, set(map(UUID, order.ids)), awaits)
+        awaits.task.result()
+
+
+def void(_: object) -> None:
+    pass
+
+
+def _main() -> None:
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                asyncio.run(_cycle_in_a_process(_Order(**json.loads(line))))
+                status = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(pid, 0)
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        print("killed" if killed else "completed" if status == 0 else f"failed: {status}", flush=True)
+
+
+@dataclass(frozen=True)
+class Killer:
+    """Runs cycles in processes of their own."""
+
+    process: Process
+    dsn: str
+
+    async def kill(self, outbox: Outbox, scenario: Scenario, ids: set[UUID], path: Path, *, at: int) -> bool:
+        """Runs a cycle until the n-th await; returns False when it had fewer and is complete."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        order = _Order(self.dsn, outbox.schema, outbox.table, list(map(str, ids)), str(path), at, asdict(scenario))
+        self.process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+        line = (await self.process.stdout.readline()).decode().strip()
+        assert line in {"killed", "completed"}, line
+        return line == "killed"
+
+
+@asynccontextmanager
+async def killer(dsn: str) -> AsyncIterator[Killer]:
+    """The process that forks the others."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.interrupted", stdin=PIPE, stdout=PIPE, cwd=Path(__file__).parent.parent
+    )
+    try:
+        yield Killer(process, dsn)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        with suppress(ConnectionError):
+            await process.stdin.wait_closed()
+        await process.wait()
+
+
+def accepted_by_the_dead(path: Path) -> list[UUID]:
+    """Which messages a destination accepted in a process that is dead."""
+    return list(map(UUID, path.read_text().split())) if path.exists() else []
+
+
+if __name__ == "__main__":
+    _main()
