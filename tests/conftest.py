@@ -89,6 +89,19 @@ async def outbox(dsn: str) -> AsyncIterator[Outbox]:
 
 
 @pytest.fixture
+async def database(dsn: str) -> AsyncIterator[str]:
+    """The DSN of an empty database, for those who use the outbox that has the default name."""
+    name = f"test_{uuid4().hex}"
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+        yield urlsplit(dsn)._replace(path=f"/{name}").geturl()
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await connection.close(timeout=_CLOSE_SECONDS)
+
+
+@pytest.fixture
 async def proxy(dsn: str) -> AsyncIterator[FaultProxy]:
     """A network to break, in front of the common server: connect to `proxy.dsn(dsn)`."""
     async with FaultProxy(urlsplit(dsn).port or 0) as proxy:

@@ -21,15 +21,13 @@ import asyncio
 import inspect
 import re
 import sys
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-from urllib.parse import urlsplit
-from uuid import uuid4
 
 import asyncpg
 import pytest
@@ -82,19 +80,6 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def title(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
-
-
-@pytest.fixture
-async def database(dsn: str) -> AsyncIterator[str]:
-    """The DSN of an empty database."""
-    name = f"docs_{uuid4().hex}"
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(f"CREATE DATABASE {name}")
-        yield urlsplit(dsn)._replace(path=f"/{name}").geturl()
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        await connection.close()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=title)

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -27,19 +26,6 @@ from examples import demo
 from outbox import Message, Outbox
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-async def database(dsn: str) -> AsyncIterator[str]:
-    """The DSN of an empty database: the examples use the outbox that has the default name."""
-    name = f"examples_{uuid4().hex}"
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(f"CREATE DATABASE {name}")
-        yield urlsplit(dsn)._replace(path=f"/{name}").geturl()
-        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    finally:
-        await connection.close()
 
 
 @pytest.fixture
