@@ -277,12 +277,14 @@ async def test_demo_shows_a_live_display_on_a_terminal_and_ends_on_ctrl_c(place:
 async def until_shown(terminal: int, *texts: str) -> str:
     """Waits until all of these have been shown, and returns what has."""
     readable, shown = asyncio.Event(), ""
+    os.set_blocking(terminal, False)
     asyncio.get_running_loop().add_reader(terminal, readable.set)
     try:
         while not all(text in shown for text in texts):
             await readable.wait()
             readable.clear()
-            shown += os.read(terminal, 65_536).decode(errors="replace")
+            with suppress(BlockingIOError):  # told of once more after it had been read
+                shown += os.read(terminal, 65_536).decode(errors="replace")
     finally:
         asyncio.get_running_loop().remove_reader(terminal)
     return shown
