@@ -269,6 +269,8 @@ async def test_what_is_held_by_relays_that_were_deleted_by_hand_is_found(
 
 async def test_positions_that_a_crash_gives_out_anew_are_delivered(own_server: StartServer, floors: Floors) -> None:
     async with mortal(own_server) as (server, pool, outbox), named_pool(server.dsn, synchronous_commit="off") as quick:
+        if server.version < 18:
+            pytest.skip("before PostgreSQL 18 the log is flushed page by page: too little of it can be lost on purpose")
         destination = Destination()
 
         async def rewound() -> bool:
