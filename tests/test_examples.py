@@ -28,6 +28,14 @@ from outbox import Message, Outbox
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches the examples, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 async def session(database: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(database)
