@@ -43,8 +43,10 @@ from outbox._events import (
     MessageFailed,
     RelayFenced,
     RelaysDied,
+    RelayStandsBy,
     RelayStarted,
     RelayStopped,
+    WriterLate,
 )
 from outbox._message import Message
 from outbox._notifier import Notifier
@@ -87,11 +89,13 @@ __all__ = [
     "RejectedError",
     "Relay",
     "RelayFenced",
+    "RelayStandsBy",
     "RelayStarted",
     "RelayStopped",
     "RelaysDied",
     "SchemaError",
     "TranslatingDispatcher",
+    "WriterLate",
     "full_jitter",
     "half_jitter",
     "jitter_after",

@@ -1,22 +1,26 @@
-"""What one relay does to the table: it claims messages, settles them, and takes over from relays that died."""
+"""What one of many competing relays does to the table: it claims messages and settles them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from time import monotonic
 from typing import Any, Final, NamedTuple
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import asyncpg
 
+from outbox._horizon import LOWEST, Horizon
+from outbox._membership import Membership
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox, affected, position_of
+from outbox._queries import Queries
 
-_LOWEST: Final = -(2**63)
-"""Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
 _BODY: Final = 5
-"""Where in a row of lock_fresh the body is."""
-_EVER: Final = datetime(1, 1, 1, tzinfo=UTC), _LOWEST
+"""Where in a row of lock_fresh, or of read, the body is."""
+EVER: Final = datetime(1, 1, 1, tzinfo=UTC), LOWEST
+"""Before every waiting message."""
 
 
 class CommitStrategy(Enum):
@@ -63,6 +67,8 @@ class Batch:
     messages: Sequence[Message]
     claim: Claim | None = None
     suspect: Suspect | None = None
+    lanes: Sequence[int | None] = ()
+    """Which are busy with it, where an order is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,13 @@ class Postponed:
     """A message that was not delivered and is due again after the delay."""
 
     position: int
-    delay: timedelta
+    delay: timedelta | None
+    """None when it stands behind the head of its lane, and has no due time of its own."""
     attempts: int
     suspect: Suspect | None = None
     error: str | None = None
+    lane: int | None = None
+    """In which it keeps its place, if it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,10 @@ class Buried:
     position: int
     attempts: int
     error: str
+    lane: int | None = None
+    """In which it had its place, if it did."""
+    behind: int | None = None
+    """The position of the dead letter that parks its lane: its own, or that of the one it was parked behind."""
 
 
 @dataclass(slots=True)
@@ -99,6 +112,8 @@ class Settlement:
     postponed: list[Postponed] = field(default_factory=list)
     buried: list[Buried] = field(default_factory=list)
     finished_claims: list[int] = field(default_factory=list)
+    parked: list[tuple[int, int]] = field(default_factory=list)
+    """Lanes whose waiting messages are parked, each with the position of the head."""
     messages: int = 0
     crash_suspects: int = 0
 
@@ -128,6 +143,86 @@ class Settlement:
                 self.finished_claims.append(batch.claim.upto)
 
 
+async def settle(connection: Connection, queries: Queries, settlement: Settlement, commit: CommitStrategy) -> None:
+    """Writes down what became of the messages; running it a second time changes nothing."""
+    owner, mark = settlement.owner, commit is CommitStrategy.MARK
+    waiting = settlement.delivered_waiting
+    if settlement.delivered:
+        status = await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
+        if affected(status) < len(settlement.delivered):
+            # Some had been waiting; or this relay was taken for dead and they were moved: not to be delivered again.
+            waiting = waiting + settlement.delivered
+    if waiting:
+        await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, waiting)
+    if settlement.set_aside:
+        await connection.execute(queries.set_aside, owner, settlement.set_aside)
+    if postponed := settlement.postponed:
+        await connection.execute(
+            queries.postpone,
+            owner,
+            [one.position for one in postponed],
+            [one.delay for one in postponed],
+            [one.attempts for one in postponed],
+            [one.suspect.value if one.suspect else None for one in postponed],
+            [one.error for one in postponed],
+            [one.lane for one in postponed],
+        )
+    if buried := settlement.buried:
+        await connection.execute(
+            queries.bury,
+            owner,
+            [one.position for one in buried],
+            [one.attempts for one in buried],
+            [one.error for one in buried],
+            [one.lane for one in buried],
+            [one.behind for one in buried],
+        )
+    if settlement.finished_claims:
+        await connection.execute(queries.drop_claims, owner, settlement.finished_claims)
+
+
+async def with_large_bodies(
+    connection: Connection, queries: Queries, rows: Sequence[asyncpg.Record], room: int
+) -> list[Any]:
+    """Completes rows with their bodies, one at least, and as many as there is room for."""
+    complete: list[Any] = []
+    for row in rows:
+        if row[_BODY] is not None:
+            complete.append(row)
+        elif room > 0 or not complete:
+            body = await connection.fetchval(queries.body, row[0])
+            room -= len(body)
+            complete.append((*row[:_BODY], body, *row[_BODY + 1 :]))
+        else:
+            break
+    return complete
+
+
+class DueSearch:
+    """The search for waiting messages whose time has come."""
+
+    def __init__(self, statement: str) -> None:
+        self._statement = statement
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins with the earliest again."""
+        self._from = EVER
+
+    async def claim(
+        self, connection: Connection, owner: UUID, room: Room, *mine: int
+    ) -> tuple[list[asyncpg.Record], bool]:
+        """Claims those for which there is room; returns their rows in order, and whether there may be more."""
+        if room.messages < 1 or room.bytes < 1:
+            return [], True
+        rows = await connection.fetch(self._statement, owner, *self._from, room.messages, room.bytes, *mine)
+        rows.sort(key=lambda row: (row["due_at"], row["position"]))
+        more = len(rows) == room.messages or sum(len(row["payload"]) for row in rows) >= room.bytes
+        # Behind what was just claimed lie dead rows: the next search begins beyond them, until one comes back short.
+        self._from = (rows[-1]["due_at"], rows[-1]["position"]) if more else EVER
+        return rows, more
+
+
 class Claims:
     """The claims of one relay, on whatever connection it is given, inside the transaction open there.
 
@@ -136,54 +231,13 @@ class Claims:
     what commits late, behind it, is found by a sweep from the floor, below which nothing can appear any more.
     """
 
-    def __init__(self, outbox: Outbox, lease: timedelta, commit: CommitStrategy) -> None:
+    def __init__(self, outbox: Outbox, membership: Membership) -> None:
         self._codec = outbox.codec
         self._queries = outbox._queries
-        self._lease = lease
-        self._commit = commit
-        self.owner = uuid4()
-        self._cursor = self._floor = _LOWEST
-        self._due_from = _EVER
-        # The last position when the writers of that time were asked for, and those of them still at work.
-        self._writers: tuple[int, set[str]] | None = None
-
-    # --- the lease --------------------------------------------------------------------------------------
-
-    async def register(self, connection: Connection) -> None:
-        """Enters this relay among the living, under a new name if it was declared dead under the old one."""
-        await connection.execute(self._queries.register, self.owner, self._lease)
-
-    async def renew(self, connection: Connection) -> bool:
-        """Renews the lease; False when this relay was declared dead and what it held was taken over."""
-        return bool(await connection.fetchval(self._queries.renew, self.owner, self._lease))
-
-    def rename(self) -> None:
-        """Takes a new name, after the old one was declared dead."""
-        self.owner = uuid4()
-
-    async def leave(self, connection: Connection) -> None:
-        """Lets go of everything, known or not, and leaves the living."""
-        await connection.execute(self._queries.lock_relay, self.owner)
-        await self.reconcile(connection, (), ())
-        await connection.execute(self._queries.unregister, self.owner)
-
-    async def take_over(self, connection: Connection, *, orphans: bool = False) -> tuple[int, int]:
-        """Makes suspects of what dead relays held; returns how many relays and how many messages that were.
-
-        Args:
-            connection: With a transaction open.
-            orphans: Also look for what is held by relays that nobody has heard of.
-        """
-        owners = {row["owner"] for row in await connection.fetch(self._queries.bury_relays, self.owner)}
-        if orphans:
-            owners |= {row["owner"] for row in await connection.fetch(self._queries.orphans)}
-        if not owners:
-            return 0, 0
-        statuses = [
-            await connection.execute(statement, list(owners))
-            for statement in (self._queries.take_over_claims, self._queries.take_over_waiting)
-        ]
-        return len(owners), sum(map(affected, statuses))
+        self._membership = membership
+        self._cursor = self._floor = LOWEST
+        self._due = DueSearch(outbox._queries.claim_due)
+        self._horizon = Horizon(patience=math.inf)
 
     # --- claiming ---------------------------------------------------------------------------------------
 
@@ -193,17 +247,19 @@ class Claims:
         A bound is proven by what was seen in this database while it ran: a server that crashed may have forgotten a
         claim or given out positions anew, a restored or truncated table begins anywhere.
         """
-        self._floor, self._writers, self._due_from = _LOWEST, None, _EVER
+        self._floor = LOWEST
+        self._horizon.reset()
+        self._due.restart()
         last = await connection.fetchval(self._queries.last_position)
-        lowest = await connection.fetchval(self._queries.lowest_fresh, _LOWEST, last)
+        lowest = await connection.fetchval(self._queries.lowest_fresh, LOWEST, last)
         self._cursor = last if lowest is None else lowest - 1
 
     async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Batch]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
-        owner, bound = self.owner, self._floor if sweep else self._cursor
+        owner, bound = self._membership.owner, self._floor if sweep else self._cursor
         rows = await connection.fetch(self._queries.lock_fresh, bound, room.messages)
         if any(row["payload"] is None for row in rows):
-            rows = await self._with_large_bodies(connection, rows, room.bytes)
+            rows = await with_large_bodies(connection, self._queries, rows, room.bytes)
         if not rows:
             return []
         positions = [row[0] for row in rows]
@@ -219,20 +275,6 @@ class Claims:
         claim = Claim(claimed["upto"], messages)
         return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
 
-    async def _with_large_bodies(self, connection: Connection, rows: Sequence[asyncpg.Record], room: int) -> list[Any]:
-        """Completes rows with their bodies, one at least, and as many as there is room for."""
-        complete: list[Any] = []
-        for row in rows:
-            if row[_BODY] is not None:
-                complete.append(row)
-            elif room > 0 or not complete:
-                body = await connection.fetchval(self._queries.body, row[0])
-                room -= len(body)
-                complete.append((*row[:_BODY], body, *row[_BODY + 1 :]))
-            else:
-                break
-        return complete
-
     async def reconcile(self, connection: Connection, claims: Iterable[int], waiting: Iterable[int]) -> None:
         """Lets go of whatever this relay holds in the table without knowing it: its COMMIT got no answer.
 
@@ -241,25 +283,19 @@ class Claims:
             claims: The claims it does know of.
             waiting: The positions of the waiting messages it does know of.
         """
-        rows = await connection.fetch(self._queries.unknown_claims, self.owner, list(claims))
+        rows = await connection.fetch(self._queries.unknown_claims, self._membership.owner, list(claims))
         if positions := [position for row in rows for position in row["positions"]]:
-            await connection.execute(self._queries.set_aside, self.owner, positions)
-            await connection.execute(self._queries.drop_claims, self.owner, [row["upto"] for row in rows])
-        await connection.execute(self._queries.let_go, self.owner, list(waiting))
+            await connection.execute(self._queries.set_aside, self._membership.owner, positions)
+            await connection.execute(self._queries.drop_claims, self._membership.owner, [row["upto"] for row in rows])
+        await connection.execute(self._queries.let_go, self._membership.owner, list(waiting))
 
     async def claim_due(self, connection: Connection, room: Room) -> tuple[list[Batch], bool]:
         """Claims waiting messages whose time has come, the suspects of a batch each as a batch of its own.
 
         Returns the batches, and whether there may be more.
         """
-        if room.messages < 1 or room.bytes < 1:
-            return [], True
-        owner = self.owner
-        rows = await connection.fetch(self._queries.claim_due, owner, *self._due_from, room.messages, room.bytes)
-        rows.sort(key=lambda row: (row["due_at"], row["position"]))
-        more = len(rows) == room.messages or sum(len(row["payload"]) for row in rows) >= room.bytes
-        # Behind what was just claimed lie dead rows: the next search begins beyond them, until one comes back short.
-        self._due_from = (rows[-1]["due_at"], rows[-1]["position"]) if more else _EVER
+        owner = self._membership.owner
+        rows, more = await self._due.claim(connection, owner, room)
         company = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is None]
         alone = [Message._stored(self._codec, *row[:-2]) for row in rows if row["suspect"] is not None]
         batches = [Batch(owner, company)] if company else []
@@ -267,47 +303,11 @@ class Claims:
 
     async def claim_crash_suspect(self, connection: Connection) -> Batch | None:
         """Claims one suspect of a crash, counting the attempt."""
-        owner = self.owner
+        owner = self._membership.owner
         row = await connection.fetchrow(self._queries.claim_crash_suspect, owner)
         if row is None:
             return None
-        return Batch(owner, [Message._stored(self._codec, *row[:-2])], suspect=Suspect.CRASH)
-
-    # --- settling ---------------------------------------------------------------------------------------
-
-    async def settle(self, connection: Connection, settlement: Settlement) -> None:
-        """Writes down what became of the messages; running it a second time changes nothing."""
-        queries, owner, mark = self._queries, settlement.owner, self._commit is CommitStrategy.MARK
-        waiting = settlement.delivered_waiting
-        if settlement.delivered:
-            status = await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
-            if affected(status) < len(settlement.delivered):
-                # This relay was taken for dead and they were moved; they must not be delivered once more.
-                waiting = waiting + settlement.delivered
-        if waiting:
-            await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, waiting)
-        if settlement.set_aside:
-            await connection.execute(queries.set_aside, owner, settlement.set_aside)
-        if postponed := settlement.postponed:
-            await connection.execute(
-                queries.postpone,
-                owner,
-                [one.position for one in postponed],
-                [one.delay for one in postponed],
-                [one.attempts for one in postponed],
-                [one.suspect.value if one.suspect else None for one in postponed],
-                [one.error for one in postponed],
-            )
-        if buried := settlement.buried:
-            await connection.execute(
-                queries.bury,
-                owner,
-                [one.position for one in buried],
-                [one.attempts for one in buried],
-                [one.error for one in buried],
-            )
-        if settlement.finished_claims:
-            await connection.execute(queries.drop_claims, owner, settlement.finished_claims)
+        return Batch(owner, [Message._stored(self._codec, *row[:-3])], suspect=Suspect.CRASH)
 
     # --- the floor --------------------------------------------------------------------------------------
 
@@ -319,21 +319,11 @@ class Claims:
     async def raise_floor(self, connection: Connection) -> None:
         """Moves the floor up to below the lowest message that is, or may still become, pending and unclaimed.
 
-        Every transaction that held the writers' lock when the last position was read must have ended before
-        the messages up to there are complete (an unrelated transaction, however long, is not waited for).
+        The horizon says how far all messages are there to be seen.
         """
-        if self._writers is None:
-            last = await connection.fetchval(self._queries.last_position)
-            self._writers = last, await self._writers_now(connection)
-        else:
-            last, writers = self._writers
-            self._writers = last, writers & await self._writers_now(connection)
-        last, writers = self._writers
-        if not writers:
-            lowest = await connection.fetchval(self._queries.lowest_fresh, self._floor, last)
-            self._floor = max(self._floor, last if lowest is None else lowest - 1)
+        last = await connection.fetchval(self._queries.last_position)
+        self._horizon.observe(last, dict(await connection.fetch(self._queries.writers)), monotonic())
+        if (bound := self._horizon.bound) > self._floor:
+            lowest = await connection.fetchval(self._queries.lowest_fresh, self._floor, bound)
+            self._floor = max(self._floor, bound if lowest is None else lowest - 1)
             self._cursor = max(self._cursor, self._floor)
-            self._writers = None
-
-    async def _writers_now(self, connection: Connection) -> set[str]:
-        return {row[0] for row in await connection.fetch(self._queries.writers)}

@@ -84,6 +84,26 @@ class RelayFenced:
     """This relay could not renew its lease in time, another took over what it held; it starts anew."""
 
 
+@dataclass(frozen=True, slots=True)
+class RelayStandsBy:
+    """Relays of another order are at work on this table; this one begins when they have gone."""
+
+    order: str
+    """The order of this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriterLate:
+    """A transaction that wrote messages does not end, and ordered delivery waits for it; never a loss."""
+
+    pid: int | None
+    """Of its backend, as in pg_stat_activity; None when it is a prepared transaction."""
+    age: timedelta
+    """Since it began or, where the server does not tell, since it is waited for."""
+    passed_over: bool
+    """Whether it is waited for no longer: what it commits at last is delivered then, out of order."""
+
+
 Event = (
     RelayStarted
     | RelayStopped
@@ -95,6 +115,8 @@ Event = (
     | DatabaseLost
     | RelaysDied
     | RelayFenced
+    | RelayStandsBy
+    | WriterLate
 )
 
 Hook = Callable[[Event], None]

@@ -57,6 +57,7 @@ class Message:
         "_headers",
         "_id",
         "_key",
+        "_lane",
         "_payload",
         "_position",
         "_recorded_at",
@@ -90,6 +91,7 @@ class Message:
         self._position: int | None = None
         self._dispatched_at: datetime | None = None
         self._attempts = 0
+        self._lane: int | None = None
 
     @classmethod
     def _stored(  # noqa: PLR0917 -- the columns of a row, unpacked
@@ -103,6 +105,7 @@ class Message:
         body: bytes,
         recorded_at: bytes,
         attempts: int = 0,
+        lane: int | None = None,
     ) -> Self:
         message = cls.__new__(cls)
         message._codec = codec
@@ -117,6 +120,7 @@ class Message:
         message._due_at = None
         message._dispatched_at = None
         message._attempts = attempts
+        message._lane = lane
         return message
 
     @property

@@ -73,6 +73,8 @@ class DeadLetter:
     error: str
     """The last error, in one line."""
     died_at: datetime
+    behind: int | None = None
+    """The position of the dead letter that parked its key: its own, or the one it was parked behind."""
 
 
 class Outbox:
@@ -83,7 +85,7 @@ class Outbox:
 
     Args:
         table: The table's name, at most 49 bytes; it is quoted, so any name will do. The tables beside it have
-            this name and a suffix: _waiting, _dead, _relays, _claims, _version.
+            this name and a suffix: _waiting, _dead, _relays, _claims, _slots, _version.
         schema: The schema's name, quoted too.
         codec: How payloads become bytes.
         clock: Gives the time of recording, aware; None leaves it to the database's clock.
@@ -268,20 +270,26 @@ class Outbox:
         with self._surfacing("cannot read the dead letters"):
             rows = await connection.fetch(self._queries.dead_letters, limit, None if ids is None else list(ids))
         return [
-            DeadLetter(Message._stored(self.codec, *row[:-2]), row["attempts"], row["error"], row["died_at"])
+            DeadLetter(
+                Message._stored(self.codec, *row[:-3]), row["attempts"], row["error"], row["died_at"], row["behind"]
+            )
             for row in rows
         ]
 
     async def redrive(self, connection: Connection, ids: Iterable[UUID] | None = None) -> int:
         """Sends dead letters on their way again, in order: those of these ids, or all; returns how many.
 
-        They are due at once, keep their id and position, and have all their attempts before them.
+        They are due at once, keep their id and position, and have all their attempts before them. One that parked
+        its key takes those along that were parked behind it, and one that was parked takes all of them along.
         """
         with self._surfacing("cannot redrive"):
             return affected(await connection.execute(self._queries.redrive, None if ids is None else list(ids)))
 
     async def discard(self, connection: Connection, ids: Iterable[UUID]) -> int:
-        """Deletes the dead letters of these ids, for ever; returns how many."""
+        """Deletes the dead letters of these ids, for ever; returns how many.
+
+        Those that were parked behind one of them are redriven by the relay, in order.
+        """
         with self._surfacing("cannot discard"):
             return affected(await connection.execute(self._queries.discard, list(ids)))
 

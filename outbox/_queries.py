@@ -8,6 +8,9 @@ is one statement with arrays. And nothing relies on the session: settings are lo
 from hashlib import sha256
 from typing import Final, Literal
 
+Ordering = Literal["none", "key", "total"]
+"""What is kept in order: nothing, the messages of a key, or all."""
+
 # PostgreSQL cuts identifiers after 63 bytes, silently; the longest name made from a table's is table_waiting_crash.
 _LONGEST_IDENTIFIER: Final = 63
 _LONGEST_TABLE: Final = _LONGEST_IDENTIFIER - len("_waiting_crash")
@@ -19,6 +22,12 @@ _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(
 
 _HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
                 w.attempts, w.suspect, w.due_at"""
+
+# A lane is what is kept in order. Two keys of one hash share a lane, which only means less at once; who has no key
+# has none. The bytes decide, whatever the collation of the database takes for equal.
+SLOTS: Final = {"none": 0, "key": 64, "total": 1}
+_LANE_OF: Final = {"key": 'hashtextextended(key COLLATE "C", 0)', "total": "0::bigint"}
+_SLOT_OF: Final = {"key": f"(COALESCE({_LANE_OF['key']}, position) & 63)", "total": "0"}
 
 # What a writer gives of a message, and the types. Delayed messages have a due time more.
 _WRITTEN: Final = ("id", "topic", "key", "headers", "payload", "recorded_at")
@@ -42,15 +51,16 @@ class Queries:
             "outbox": f"{self.schema}.{_quoted(table)}",
             **{
                 name: f"{self.schema}.{_quoted(f'{table}_{name}')}"
-                for name in ("waiting", "dead", "relays", "claims", "version", "position")
+                for name in ("waiting", "dead", "relays", "claims", "slots", "version", "position")
             },
         }
         names["sequence"] = names.pop("position")
         names["sequence_text"] = _literal(names["sequence"])
-        names["waiting_due"] = _quoted(f"{table}_waiting_due")
-        names["waiting_crash"] = _quoted(f"{table}_waiting_crash")
+        names["outbox_text"] = _literal(names["outbox"])
+        for index in ("waiting_due", "waiting_crash", "waiting_lane", "waiting_head", "dead_behind"):
+            names[index] = _quoted(f"{table}_{index}")
         outbox, waiting, dead = names["outbox"], names["waiting"], names["dead"]
-        relays, claims, version = names["relays"], names["claims"], names["version"]
+        relays, claims, slots, version = names["relays"], names["claims"], names["slots"], names["version"]
 
         # --- the writer ---------------------------------------------------------------------------------
 
@@ -61,10 +71,21 @@ class Queries:
 
         # --- the relay: its life ------------------------------------------------------------------------
 
+        # Taken before the next two, so that of two relays of another order one sees the other.
+        self.lock_ordering = f"SELECT FROM {slots} WHERE slot = 0 FOR UPDATE"
+
         # Twice is as good as once: the answer to the first may have been lost.
         self.register = f"""
-            INSERT INTO {relays} (owner, until) VALUES ($1, clock_timestamp() + $2::interval)
-            ON CONFLICT (owner) DO UPDATE SET until = EXCLUDED.until"""
+            INSERT INTO {relays} (owner, until, ordering, active)
+            VALUES ($1, clock_timestamp() + $2::interval, $3,
+                NOT EXISTS (SELECT FROM {relays} WHERE active AND ordering <> $3))
+            ON CONFLICT (owner) DO UPDATE SET until = EXCLUDED.until
+            RETURNING active"""
+
+        self.activate = f"""
+            UPDATE {relays} SET active = true
+            WHERE owner = $1 AND NOT EXISTS (SELECT FROM {relays} WHERE active AND ordering <> $2)
+            RETURNING true"""
 
         # Renewing finds nothing once another relay has declared this one dead: then it must stop at once.
         self.renew = f"UPDATE {relays} SET until = clock_timestamp() + $2::interval WHERE owner = $1 RETURNING true"
@@ -72,6 +93,12 @@ class Queries:
         # Waits for a claim of this relay that may still be committing on a connection given up long ago, so that the
         # next statements see it.
         self.lock_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR UPDATE"
+
+        # In one simple query, which takes no arguments: the name is one of our own.
+        self.wait_for_own = f"""
+            SAVEPOINT own;
+            SELECT FROM {relays.replace("{", "{{").replace("}", "}}")} WHERE owner = '{{}}' FOR UPDATE;
+            ROLLBACK TO SAVEPOINT own"""
 
         # A relay leaves only with empty hands: one that still holds a claim is left to be taken over. What is held
         # was due when it was claimed, so its due time is past.
@@ -85,7 +112,10 @@ class Queries:
         self.bury_relays = f"""
             DELETE FROM {relays} WHERE owner IN (
                 SELECT owner FROM {relays} WHERE until < clock_timestamp() AND owner <> $1 FOR UPDATE SKIP LOCKED)
-            RETURNING owner"""
+            RETURNING owner, ordering"""
+
+        # How long until the next relay may be declared dead.
+        self.next_death = f"SELECT min(until) - clock_timestamp() FROM {relays} WHERE owner <> $1"
 
         # Claims of nobody, which cannot be as long as nobody deletes from the relays by hand; looked for now and then.
         self.orphans = f"""
@@ -107,6 +137,27 @@ class Queries:
             UPDATE {waiting} SET owner = NULL, suspect = 'crash', due_at = clock_timestamp(),
                 error = CASE WHEN suspect = 'crash' THEN 'the process died while dispatching it' ELSE error END
             WHERE owner = ANY($1::uuid[]) AND due_at <= statement_timestamp()"""
+
+        # Of relays that kept an order: what was in their hands is tried again together, since most deaths are
+        # nobody's fault. What was in the hands of two dead owners of a slot in a row is a suspect.
+        self.suspect_in_slots = f"""
+            WITH held AS (
+                DELETE FROM {outbox} AS o USING {slots} AS s
+                WHERE o.dispatched_at IS NULL
+                    AND o.position = ANY(ARRAY(SELECT unnest(positions) FROM {claims} WHERE owner = ANY($1::uuid[])))
+                    AND s.owner = ANY($1) AND o.position <= s.suspect_upto
+                    AND s.slot = CASE WHEN $2 THEN {_SLOT_OF["total"]} ELSE {_SLOT_OF["key"]} END
+                RETURNING o.*, CASE WHEN $2 THEN {_LANE_OF["total"]} ELSE {_LANE_OF["key"]} END AS lane)
+            INSERT INTO {waiting} (position, id, recorded_at, topic, key, headers, payload, due_at, suspect, lane)
+            SELECT position, id, recorded_at, topic, key, headers, payload,
+                CASE WHEN lane IS NULL THEN statement_timestamp() ELSE 'infinity' END, 'crash', lane FROM held"""
+
+        self.free_slots = f"""
+            UPDATE {slots} AS s SET owner = NULL, epoch = epoch + 1, suspect_upto =
+                COALESCE((SELECT max(upto) FROM {claims} AS c WHERE c.owner = s.owner), s.suspect_upto)
+            WHERE owner = ANY($1::uuid[])"""
+
+        self.drop_all_claims = f"DELETE FROM {claims} WHERE owner = ANY($1::uuid[])"
 
         # --- the relay: its claim -----------------------------------------------------------------------
 
@@ -145,37 +196,13 @@ class Queries:
             UPDATE {waiting} SET owner = NULL, attempts = attempts - CASE WHEN suspect = 'crash' THEN 1 ELSE 0 END
             WHERE owner = $1 AND due_at <= statement_timestamp() AND position <> ALL($2::bigint[])"""
 
-        # Waiting messages whose time has come, beyond the last that was claimed ($2, $3), up to $4 and no more than
-        # reach $5 bytes together. The time is that of the
-        # statement: clock_timestamp() is volatile and would make this walk over all that wait for the future.
-        self.claim_due = f"""
-            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
-            free AS (
-                SELECT due_at, position, octet_length(payload) AS size FROM {waiting}
-                WHERE (due_at, position) > ($2, $3) AND due_at <= statement_timestamp() AND owner IS NULL
-                    AND suspect IS DISTINCT FROM 'crash' AND EXISTS (SELECT FROM alive)
-                ORDER BY due_at, position LIMIT $4
-                FOR UPDATE SKIP LOCKED),
-            due AS (
-                SELECT position FROM (
-                    SELECT position, size, sum(size) OVER (ORDER BY due_at, position ROWS UNBOUNDED PRECEDING) AS bytes
-                    FROM free) AS next
-                WHERE bytes - size < $5)
-            UPDATE {waiting} AS w SET owner = $1 FROM due WHERE w.position = due.position
-            RETURNING {_HELD}"""
+        self.claim_due = self._claim_due("true")
+        self.claim_crash_suspect = self._claim_crash_suspect("true")
 
-        # One suspect of a crash, by an index of its own; its attempt is counted here, before the dispatch it may
-        # not survive.
-        self.claim_crash_suspect = f"""
-            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
-            due AS (
-                SELECT position FROM {waiting}
-                WHERE suspect = 'crash' AND due_at <= statement_timestamp() AND owner IS NULL
-                    AND EXISTS (SELECT FROM alive)
-                ORDER BY due_at, position LIMIT 1
-                FOR UPDATE SKIP LOCKED)
-            UPDATE {waiting} AS w SET owner = $1, attempts = attempts + 1 FROM due WHERE w.position = due.position
-            RETURNING {_HELD}"""
+        # Relays that keep no order may find what was left by those that did.
+        self.free_lanes = f"""
+            UPDATE {waiting} SET lane = NULL, due_at = LEAST(due_at, statement_timestamp())
+            WHERE lane IS NOT NULL AND owner IS NULL"""
 
         # --- the relay: its settling --------------------------------------------------------------------
 
@@ -197,21 +224,24 @@ class Queries:
             INSERT INTO {waiting} (position, id, recorded_at, topic, key, headers, payload, due_at, owner)
             SELECT position, id, recorded_at, topic, key, headers, payload, clock_timestamp(), $1 FROM held"""
 
-        # Due times count from the database's clock. What another relay has taken over is not touched.
+        # Due times count from the database's clock; without a delay it stands behind the head of its lane. What
+        # another relay has taken over is not touched.
         self.postpone = f"""
-            UPDATE {waiting} AS w SET owner = NULL, due_at = clock_timestamp() + m.delay,
-                attempts = m.attempts, suspect = m.suspect, error = COALESCE(m.error, w.error)
-            FROM unnest($2::bigint[], $3::interval[], $4::integer[], $5::text[], $6::text[])
-                AS m (position, delay, attempts, suspect, error)
+            UPDATE {waiting} AS w SET owner = NULL, due_at = COALESCE(clock_timestamp() + m.delay, 'infinity'),
+                attempts = m.attempts, suspect = m.suspect, error = COALESCE(m.error, w.error), lane = m.lane
+            FROM unnest($2::bigint[], $3::interval[], $4::integer[], $5::text[], $6::text[], $7::bigint[])
+                AS m (position, delay, attempts, suspect, error, lane)
             WHERE w.position = m.position AND w.owner = $1"""
 
         self.bury = f"""
             WITH given_up AS (
-                DELETE FROM {waiting} AS w USING unnest($2::bigint[], $3::integer[], $4::text[])
-                    AS m (position, attempts, error)
+                DELETE FROM {waiting} AS w
+                USING unnest($2::bigint[], $3::integer[], $4::text[], $5::bigint[], $6::bigint[])
+                    AS m (position, attempts, error, lane, behind)
                 WHERE w.position = m.position AND w.owner = $1
-                RETURNING w.position, id, recorded_at, topic, key, headers, payload, m.attempts, m.error)
-            INSERT INTO {dead} (position, id, recorded_at, topic, key, headers, payload, attempts, error)
+                RETURNING w.position, id, recorded_at, topic, key, headers, payload,
+                    m.attempts, m.error, m.lane, m.behind)
+            INSERT INTO {dead} (position, id, recorded_at, topic, key, headers, payload, attempts, error, lane, behind)
             SELECT * FROM given_up"""
 
         # --- the relay: its lower bound -----------------------------------------------------------------
@@ -226,12 +256,13 @@ class Queries:
         self.last_position = f"SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {names['sequence']}"
 
         # Everybody who may still commit a position that was taken before this statement: a writer holds this lock
-        # from before it takes a position until after its commit is visible. An unrelated transaction does not.
+        # from before it takes a position until after its commit is visible. An unrelated transaction does not. A
+        # prepared one has no pid.
         self.writers = f"""
-            SELECT DISTINCT virtualtransaction FROM pg_catalog.pg_locks
+            SELECT DISTINCT virtualtransaction, pid FROM pg_catalog.pg_locks
             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
                 AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-                AND relation = {_literal(outbox)}::regclass"""
+                AND relation = {names["outbox_text"]}::regclass"""
 
         # --- the verbs ----------------------------------------------------------------------------------
 
@@ -266,15 +297,20 @@ class Queries:
                 (SELECT count(*) AS total FROM {waiting}) AS w"""
 
         self.dead_letters = f"""
-            SELECT {_MESSAGE}, attempts, error, died_at FROM {dead}
+            SELECT {_MESSAGE}, attempts, error, died_at, behind FROM {dead}
             WHERE $2::uuid[] IS NULL OR id = ANY($2) ORDER BY position LIMIT $1"""
 
-        # Due at one and the same time, which leaves the order to their positions.
+        # Due at one and the same time, which leaves the order to their positions. Who was parked goes where the one
+        # that it was parked behind goes, and the other way round.
         self.redrive = f"""
-            WITH again AS (
-                DELETE FROM {dead} WHERE $1::uuid[] IS NULL OR id = ANY($1) RETURNING *)
-            INSERT INTO {waiting} (position, id, recorded_at, topic, key, headers, payload, due_at, error)
-            SELECT position, id, recorded_at, topic, key, headers, payload, statement_timestamp(), error FROM again"""
+            WITH heads AS (
+                SELECT COALESCE(behind, position) AS head FROM {dead} WHERE $1::uuid[] IS NULL OR id = ANY($1)),
+            again AS (
+                DELETE FROM {dead}
+                WHERE position IN (SELECT head FROM heads) OR behind IN (SELECT head FROM heads) RETURNING *)
+            INSERT INTO {waiting} (position, id, recorded_at, topic, key, headers, payload, due_at, error, lane)
+            SELECT position, id, recorded_at, topic, key, headers, payload, statement_timestamp(), error, lane
+            FROM again"""
 
         self.discard = f"DELETE FROM {dead} WHERE id = ANY($1::uuid[])"
 
@@ -294,6 +330,47 @@ class Queries:
         self.current_version = f"SELECT COALESCE(max(version), 0) FROM {version}"
         # With a place for the number: this one is printed for a script, too.
         self.record_version = f"INSERT INTO {version.replace('{', '{{').replace('}', '}}')} (version) VALUES ({{}})"
+
+    def _claim_due(self, mine: str) -> str:
+        """Returns the statement that claims waiting messages whose time has come, of those that are mine.
+
+        Beyond the last that was claimed ($2, $3), up to $4, and no more than reach $5 bytes together. The time is
+        that of the statement: clock_timestamp() is volatile and would make this walk over all that wait for the
+        future.
+        """
+        waiting = self.names["waiting"]
+        return f"""
+            WITH alive AS (SELECT FROM {self.names["relays"]} WHERE owner = $1 FOR KEY SHARE),
+            free AS (
+                SELECT due_at, position, octet_length(payload) AS size FROM {waiting}
+                WHERE (due_at, position) > ($2, $3) AND due_at <= statement_timestamp() AND owner IS NULL
+                    AND suspect IS DISTINCT FROM 'crash' AND {mine} AND EXISTS (SELECT FROM alive)
+                ORDER BY due_at, position LIMIT $4
+                FOR UPDATE SKIP LOCKED),
+            due AS (
+                SELECT position FROM (
+                    SELECT position, size, sum(size) OVER (ORDER BY due_at, position ROWS UNBOUNDED PRECEDING) AS bytes
+                    FROM free) AS next
+                WHERE bytes - size < $5)
+            UPDATE {waiting} AS w SET owner = $1 FROM due WHERE w.position = due.position
+            RETURNING {_HELD}"""
+
+    def _claim_crash_suspect(self, mine: str) -> str:
+        """Returns the statement that claims one suspect of a crash, of those that are mine.
+
+        By an index of its own; the attempt is counted here, before the dispatch it may not survive.
+        """
+        waiting = self.names["waiting"]
+        return f"""
+            WITH alive AS (SELECT FROM {self.names["relays"]} WHERE owner = $1 FOR KEY SHARE),
+            due AS (
+                SELECT position FROM {waiting} AS first
+                WHERE suspect = 'crash' AND due_at <= statement_timestamp() AND owner IS NULL
+                    AND {mine} AND EXISTS (SELECT FROM alive)
+                ORDER BY due_at, position LIMIT 1
+                FOR UPDATE SKIP LOCKED)
+            UPDATE {waiting} AS w SET owner = $1, attempts = attempts + 1 FROM due WHERE w.position = due.position
+            RETURNING {_HELD}, w.lane"""
 
     @staticmethod
     def begin(milliseconds: int) -> str:
@@ -337,6 +414,159 @@ class Queries:
         return f"""
             INSERT INTO {self.names[table]} ({", ".join(columns)})
             SELECT {selected} FROM (VALUES ({values})) AS m ({", ".join(columns)}) WHERE id IS NOT NULL"""
+
+
+class LaneQueries:
+    """The statements of a relay that keeps an order.
+
+    Whose slot a message falls into is told by a bit of $1's mask, 64 of them in a bigint.
+    """
+
+    def __init__(self, queries: Queries, ordering: Literal["key", "total"]) -> None:
+        names = queries.names
+        outbox, waiting, dead = names["outbox"], names["waiting"], names["dead"]
+        relays, claims, slots = names["relays"], names["claims"], names["slots"]
+        lane, slot = _LANE_OF[ordering], _SLOT_OF[ordering]
+
+        def mine(mask: str) -> str:  # all of them: nothing to compute
+            return f"({mask}::bigint = -1 OR (1::bigint << ({slot})::integer) & {mask}::bigint <> 0)"
+
+        # --- slots --------------------------------------------------------------------------------------
+
+        self.slots = f"SELECT slot, owner, epoch FROM {slots} WHERE slot < {SLOTS[ordering]}"
+        self.living = f"""
+            SELECT owner FROM {relays}
+            WHERE active AND ordering = '{ordering}' AND until > clock_timestamp() AND owner <> $1"""
+
+        # Others act on it at once, so it must outlive a crash of the server, unlike all else a relay commits.
+        self.durable = "SET LOCAL synchronous_commit = on"
+
+        self.gain = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 AND active FOR KEY SHARE)
+            UPDATE {slots} SET owner = $1, epoch = epoch + 1 WHERE slot IN (
+                SELECT slot FROM {slots}
+                WHERE owner IS NULL AND slot < {SLOTS[ordering]} AND EXISTS (SELECT FROM alive)
+                ORDER BY slot LIMIT $2
+                FOR UPDATE SKIP LOCKED)
+            RETURNING slot, epoch"""
+        self.release = f"""
+            UPDATE {slots} SET owner = NULL, epoch = epoch + 1 WHERE owner = $1 AND slot = ANY($2::smallint[])"""
+
+        # How many of the slots that this relay believes to own it owns, each in its epoch; both in one number, for
+        # speed. Nobody can declare it dead, and it can hand over nothing, until the transaction that asks has ended.
+        self.owned = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE)
+            SELECT count(*) FROM {slots}
+            WHERE owner = $1 AND {SLOTS["key"]} * epoch + slot = ANY($2::bigint[]) AND EXISTS (SELECT FROM alive)"""
+
+        # A server that crashed may have forgotten that these are in this relay's hands.
+        self.hold_on = f"""
+            UPDATE {waiting} SET owner = $1, due_at = LEAST(due_at, statement_timestamp())
+            WHERE position = ANY($2::bigint[]) AND owner IS NULL"""
+
+        # Lanes of another order, or hashed by another server. No longer in order, they are all due.
+        self.relane = f"""
+            UPDATE {waiting} SET lane = {lane}, due_at = LEAST(due_at, statement_timestamp())
+            WHERE lane IS NOT NULL AND lane IS DISTINCT FROM {lane} AND {mine("$1")}"""
+
+        # The first of a lane has a due time. When its owner died it may have none yet.
+        self.wake_heads = f"""
+            UPDATE {waiting} AS w SET due_at = statement_timestamp()
+            WHERE lane IS NOT NULL AND due_at = 'infinity' AND {mine("$1")}
+                AND NOT EXISTS (SELECT FROM {waiting} AS e WHERE e.lane = w.lane AND e.position < w.position)"""
+
+        # Not by what is in the relay's own hands: what was read after that is a fresh row, and would be overtaken.
+        self.blocked = f"""
+            SELECT DISTINCT lane FROM {waiting} WHERE lane IS NOT NULL AND owner IS NULL AND {mine("$1")}"""
+        self.parked = f"SELECT DISTINCT lane, behind FROM {dead} WHERE behind IS NOT NULL AND {mine('$1')}"
+
+        # --- fresh messages -----------------------------------------------------------------------------
+
+        # Nobody else reads these, so nothing is locked. What this relay has in its hands is left out ($4); that is
+        # empty but for a walk over what was read before.
+        self.read = f"""
+            SELECT position, id, topic, key, headers,
+                CASE WHEN octet_length(payload) <= {_SMALL_BODY} THEN payload END AS payload,
+                timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts, {lane} AS lane
+            FROM {outbox}
+            WHERE position > $2 AND position <= $3 AND dispatched_at IS NULL AND {mine("$1")}
+                AND position NOT IN (SELECT unnest($4::bigint[]))
+            ORDER BY position LIMIT $5"""
+
+        # Notes what is in a relay's hands, for the case of its death. One that was declared dead notes nothing. A note
+        # of the same name, left by nobody, would be about the same message, which is this relay's now.
+        self.claim = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE)
+            INSERT INTO {claims} (upto, owner, positions)
+            SELECT $1, $2, $3::bigint[] WHERE EXISTS (SELECT FROM alive)
+            ON CONFLICT (upto) DO UPDATE SET owner = EXCLUDED.owner, positions = EXCLUDED.positions
+            RETURNING true"""
+        self.drop_claims_but = f"DELETE FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
+
+        # Since when the writers are at it; another role's are told to those who may know.
+        self.ages = """
+            SELECT pid, clock_timestamp() - xact_start AS age FROM pg_catalog.pg_stat_activity
+            WHERE pid = ANY($1::integer[])"""
+
+        # --- waiting messages ---------------------------------------------------------------------------
+
+        self.claim_due = queries._claim_due(f"lane IS NULL AND {mine('$6')}")
+        self.claim_crash_suspect = queries._claim_crash_suspect(
+            f"{mine('$2')} AND (lane IS NULL OR NOT EXISTS ("
+            f"SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))"
+        )
+
+        self.due_lanes = f"""
+            SELECT lane FROM {waiting}
+            WHERE lane IS NOT NULL AND due_at <= statement_timestamp() AND owner IS NULL
+                AND suspect IS DISTINCT FROM 'crash' AND {mine("$1")}
+            ORDER BY due_at, position LIMIT $2"""
+
+        # The next of each lane, $3 at most and no more than reach $4 bytes together: the head alone if it is in
+        # trouble, else all up to the next that is. A lane whose head is in somebody's hands, or not due, gives none.
+        self.claim_lanes = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
+            next AS (
+                SELECT position FROM unnest($2::bigint[]) AS wanted (lane) CROSS JOIN LATERAL (
+                    SELECT position, row_number() OVER line AS place, first_value(is_free) OVER line AS is_free,
+                        count(*) FILTER (WHERE in_trouble) OVER line AS troubles, sum(size) OVER line - size AS bytes
+                    FROM (
+                        SELECT position, octet_length(payload) AS size,
+                            attempts > 0 OR suspect IS NOT NULL AS in_trouble,
+                            owner IS NULL AND suspect IS DISTINCT FROM 'crash'
+                                AND (due_at <= statement_timestamp() OR due_at = 'infinity') AS is_free
+                        FROM {waiting} AS w WHERE w.lane = wanted.lane ORDER BY position LIMIT $3) AS first
+                    WINDOW line AS (ORDER BY position ROWS UNBOUNDED PRECEDING)) AS lined_up
+                WHERE is_free AND (place = 1 OR troubles = 0) AND bytes < $4 AND EXISTS (SELECT FROM alive))
+            UPDATE {waiting} AS w SET owner = $1, due_at = statement_timestamp()
+            FROM next WHERE w.position = next.position
+            RETURNING {_HELD}, w.lane"""
+
+        self.lanes_left = f"""
+            SELECT lane FROM unnest($2::bigint[]) AS asked (lane)
+            WHERE EXISTS (SELECT FROM {waiting} AS w WHERE w.lane = asked.lane AND owner IS DISTINCT FROM $1)"""
+
+        # --- parking ------------------------------------------------------------------------------------
+
+        parked = "position, id, recorded_at, topic, key, headers, payload"
+        self.park = f"""
+            WITH followers AS (
+                DELETE FROM {waiting} AS w USING unnest($1::bigint[], $2::bigint[]) AS p (lane, head)
+                WHERE w.lane = p.lane AND w.position > p.head AND w.owner IS NULL
+                RETURNING w.*, p.head)
+            INSERT INTO {dead} ({parked}, attempts, error, lane, behind)
+            SELECT {parked}, attempts, 'parked behind the dead letter at position ' || head, lane, head
+            FROM followers"""
+
+        # Heads that were redriven or discarded.
+        self.departed = f"""
+            SELECT head FROM unnest($1::bigint[]) AS parked (head)
+            WHERE NOT EXISTS (SELECT FROM {dead} WHERE position = head)"""
+        self.unpark = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
+            back AS (DELETE FROM {dead} WHERE behind = ANY($2::bigint[]) AND EXISTS (SELECT FROM alive) RETURNING *)
+            INSERT INTO {waiting} ({parked}, due_at, error, lane)
+            SELECT {parked}, statement_timestamp(), error, lane FROM back"""
 
 
 def _quoted(name: str) -> str:

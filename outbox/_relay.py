@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Final, Literal
+from typing import Final
 
 import anyio
 from anyio.abc import TaskStatus
@@ -15,6 +15,8 @@ from outbox._dispatcher import Dispatcher
 from outbox._errors import OutboxError, describe
 from outbox._events import Hook
 from outbox._outbox import DRIVER_ERRORS, Outbox, Pool
+from outbox._owning import OnFailure
+from outbox._queries import Ordering
 from outbox._worker import Settings, Worker
 
 _DESTINATION_DOWN: Final = ExponentialBackOff(
@@ -44,7 +46,14 @@ class Relay:
             `Outbox.cleanup`.
         backoff: When a failed message is tried again, and when it is given up as a dead letter.
         destination_backoff: How long to hold back while the destination is unavailable.
-        order: "none": competing relays.
+        order: "none": competing relays, no order. "key": the messages of a key reach the destination in the order of
+            their positions, whatever the number of relays; those without a key are free. "total": all messages do, by
+            one relay at a time. All relays of a table have the same order; one of another stands by.
+        on_failure: What becomes of the messages behind one that failed, where an order is kept. "block": they wait
+            until it is delivered, or given up. "park": the same, but when it is given up they join it among the dead
+            letters; they go on, in order, when it is redriven or discarded. "skip": they do not wait.
+        late_commit_wait: How long an order waits for a transaction that wrote messages and does not end. After that
+            its messages are delivered when it commits, out of order. Other transactions are not waited for.
         upcast: Makes of each stored message those that are dispatched, settled as one. Give them ids that stay
             the same from one delivery to the next, for example `uuid.uuid5(message.id, "1")`.
         hooks: Called with each event.
@@ -73,7 +82,9 @@ class Relay:
         keep: timedelta | None = None,
         backoff: BackOff | None = None,
         destination_backoff: BackOff = _DESTINATION_DOWN,
-        order: Literal["none"] = "none",
+        order: Ordering = "none",
+        on_failure: OnFailure = "block",
+        late_commit_wait: timedelta = timedelta(seconds=30),
         upcast: Upcast | None = None,
         hooks: Iterable[Hook] = (),
         dispatch_timeout: timedelta = timedelta(seconds=30),
@@ -85,14 +96,18 @@ class Relay:
         for name, number in (("batch_size", batch_size), ("concurrency", concurrency)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number!r}")
-        durations = {"dispatch_timeout": dispatch_timeout, "lease": lease, "grace": grace}
+        durations = {
+            "dispatch_timeout": dispatch_timeout,
+            "lease": lease,
+            "grace": grace,
+            "late_commit_wait": late_commit_wait,
+        }
         for name, duration in {**durations, "poll_interval": poll_interval}.items():
             if duration <= timedelta():
                 raise ValueError(f"{name} must be longer than zero, not {duration!r}")
         if keep is not None and commit is not CommitStrategy.MARK:
             raise ValueError("keep is for marked messages: it needs commit=CommitStrategy.MARK")
-        if order != "none":
-            raise ValueError(f"order must be 'none', not {order!r}")
+        _check_order(order, on_failure)
         self._settings = Settings(
             outbox=outbox,
             pool=pool,
@@ -107,6 +122,8 @@ class Relay:
             hooks=tuple(hooks),
             poll_interval=poll_interval,
             listen=listen,
+            order=order,
+            on_failure=on_failure,
             **durations,
         )
         self._worker: Worker | None = None
@@ -163,6 +180,17 @@ class Relay:
                 f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}, "
                 "and more when others, the destination for one, use the same pool"
             )
+
+
+def _check_order(order: Ordering, on_failure: OnFailure) -> None:
+    if order not in {"none", "key", "total"}:
+        raise ValueError(f"order must be 'none', 'key' or 'total', not {order!r}")
+    if on_failure not in {"block", "park", "skip"}:
+        raise ValueError(f"on_failure must be 'block', 'park' or 'skip', not {on_failure!r}")
+    if on_failure != "block" and order == "none":
+        raise ValueError(f"on_failure={on_failure!r} is for an order: it needs order='key' or order='total'")
+    if on_failure == "park" and order == "total":
+        raise ValueError("on_failure='park' with order='total' would bury every message: use 'block' or 'skip'")
 
 
 @contextmanager

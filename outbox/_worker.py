@@ -3,20 +3,19 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import anyio
 from anyio.abc import TaskStatus
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._breaker import Breaker
-from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Settlement, Suspect
+from outbox._claims import Batch, Buried, CommitStrategy, Postponed, Settlement, Suspect
+from outbox._competing import Competing
 from outbox._delivery import CRASH, Failure, Upcast, decide, decide_crashed, deliver, is_unavailable
 from outbox._dispatcher import Dispatcher
 from outbox._errors import OutboxError
@@ -31,12 +30,17 @@ from outbox._events import (
     MessageFailed,
     RelayFenced,
     RelaysDied,
+    RelayStandsBy,
     RelayStarted,
     RelayStopped,
+    WriterLate,
 )
-from outbox._holdings import Holdings
+from outbox._membership import Membership, TakenOver
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox, Pool, position_of
+from outbox._owning import OnFailure, Owning
+from outbox._pace import START_INTERVAL, after
+from outbox._queries import Ordering
 from outbox._session import Session, is_transient
 
 _T = TypeVar("_T")
@@ -44,12 +48,6 @@ _LOGGER: Final = logging.getLogger("outbox")
 
 _FIRST_POLL: Final = 0.002
 """Seconds before an idle relay looks again for the first time; each further wait is twice as long."""
-_FLOOR_INTERVAL: Final = 0.25
-"""Seconds between two attempts to raise the floor."""
-_START_INTERVAL: Final = 60.0
-"""Seconds after which all bounds are forgotten, and claims of nobody looked for: both should never matter."""
-_SHARE: Final = 20
-"""A search over rows that may be dead takes at most about one part in this many of the time."""
 _LOOK_UP: Final = 1.0
 """Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
@@ -82,33 +80,60 @@ class Settings:
     grace: timedelta
     poll_interval: timedelta
     listen: bool
+    order: Ordering
+    on_failure: OnFailure
+    late_commit_wait: timedelta
+
+
+class Hands(Protocol):
+    """What a relay has in its hands, and how it comes by more; the worker says when, and whose connection it is.
+
+    What is done with a connection counts only after the COMMIT, and is taken note of then by a call of its own.
+    """
+
+    @property
+    def is_half_full(self) -> bool: ...
+    @property
+    def must_settle(self) -> bool: ...
+    def doubt(self) -> None: ...
+    def look(self) -> None: ...
+    def balance_is_due(self) -> bool: ...
+    async def balance(self, connection: Connection) -> bool: ...
+    def balanced(self) -> None: ...
+    async def claim(self, connection: Connection) -> None: ...
+    async def claim_one(self, connection: Connection) -> None: ...
+    def claimed(self) -> bool: ...
+    def take(self) -> Batch | None: ...
+    def is_mine(self, batch: Batch) -> bool: ...
+    def delivered(self, batch: Batch, messages: Sequence[Message]) -> None: ...
+    def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None: ...
+    def done(self, batch: Batch, left: Sequence[Message]) -> None: ...
+    def to_settle(self) -> Settlement | None: ...
+    async def settle(self, connection: Connection, settlement: Settlement) -> None: ...
+    def settled(self, settlement: Settlement) -> bool: ...
+    async def renew(self, connection: Connection) -> bool: ...
+    async def leave(self, connection: Connection) -> None: ...
 
 
 class Worker:
-    """The state of one run; every message it holds is in exactly one place: ready, in delivery, or to be settled."""
+    """The state of one run."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lease = settings.lease.total_seconds()
         self._grace = settings.grace.total_seconds()
-        self._holdings = Holdings(settings.batch_size * settings.concurrency)
-        self._claims = Claims(settings.outbox, settings.lease, settings.commit)
+        self._membership = Membership(settings.outbox, settings.lease, settings.order)
+        self._hands = self._make_hands()
         self._breaker = Breaker(settings.destination_backoff)
         # Two connections: however long a search takes, the lease is renewed on the other one.
         begin, limit = settings.outbox._queries.begin, self._lease / 2
         self._searching = Session(settings.pool, begin, limit)
         self._upkeep = Session(settings.pool, begin, limit)
-        self._ready: MemoryObjectSendStream[Batch]
-        self._to_deliver: MemoryObjectReceiveStream[Batch]
-        self._ready, self._to_deliver = anyio.create_memory_object_stream[Batch](float("inf"))
         self._delivered = 0
-        self._in_doubt = False
         self._settle_lock = anyio.Lock()
-        self._outcomes = Settlement(self._claims.owner)
-        self._unsettled: list[Settlement] = []
         self._given_back = 0
         self._lease_ends = 0.0
-        self._next_start = self._next_sweep = self._next_due = self._next_floor = self._next_orphans = 0.0
+        self._next_orphans = 0.0
         self._opening = anyio.CancelScope()
         self._stop_by = math.inf
         self._stopping = asyncio.Event()
@@ -117,6 +142,32 @@ class Worker:
         self._space = asyncio.Event()
         self._news = asyncio.Event()
         self._renewed = asyncio.Event()
+        self._ready = asyncio.Event()
+
+    def _make_hands(self) -> Hands:
+        settings = self._settings
+        if settings.order == "none":
+            return Competing(
+                settings.outbox,
+                self._membership,
+                batch_size=settings.batch_size,
+                concurrency=settings.concurrency,
+                commit=settings.commit,
+                poll_interval=settings.poll_interval,
+            )
+        return Owning(
+            settings.outbox,
+            self._membership,
+            ordering=settings.order,
+            on_failure=settings.on_failure,
+            patience=settings.late_commit_wait,
+            batch_size=settings.batch_size,
+            concurrency=settings.concurrency,
+            commit=settings.commit,
+            lease=settings.lease,
+            poll_interval=settings.poll_interval,
+            tell=self._tell,
+        )
 
     # --- the run ----------------------------------------------------------------------------------------
 
@@ -165,11 +216,12 @@ class Worker:
             await self._open()
             async with anyio.create_task_group() as life:
                 life.start_soon(self._renewing)
-                for batch in await self._claim_once():
+                await self._claim_once()
+                while batch := self._hands.take():
                     left: Sequence[Message] = batch.messages
                     if await self._may_dispatch(batch):
                         left = await self._attempt(batch, left)
-                    self._give_back(batch, left)
+                    self._take_back(batch, left)
                 life.cancel_scope.cancel()
             await self._settle()
             return self._delivered
@@ -180,7 +232,7 @@ class Worker:
         """Begins to stop, and waits for the end, but no longer than the grace period."""
         self._stopping.set()
         self._opening.cancel()
-        for event in (self._wake, self._space, self._renewed):
+        for event in (self._wake, self._space, self._renewed, self._ready):
             event.set()
         self._breaker.end()
         with anyio.move_on_after(self._grace):
@@ -190,8 +242,13 @@ class Worker:
         async with self._upkeep.transaction() as connection:
             await self._settings.outbox.check(connection)
             started = monotonic()
-            await self._claims.register(connection)
+            await self._membership.register(connection)
         self._lease_ends = started + self._lease
+        self._say_whether_active()
+
+    def _say_whether_active(self) -> None:
+        if not self._membership.is_active:
+            self._tell(RelayStandsBy(self._settings.order))
 
     async def _end(self, limit: float) -> None:
         """Settles all that is known, gives back the rest, and leaves; within the limit, answered or not."""
@@ -201,27 +258,21 @@ class Worker:
                 await self._finish()
             in_doubt = scope.cancelled_caught
         finally:
-            self._ready.close()
-            self._to_deliver.close()
             try:
                 await self._searching.close(in_doubt=in_doubt)
             finally:  # a cancellation of asyncio's own passes through every shield
                 await self._upkeep.close(in_doubt=in_doubt)
 
     async def _finish(self) -> None:
-        while True:
-            try:
-                batch = self._to_deliver.receive_nowait()
-            except (anyio.WouldBlock, anyio.EndOfStream):
-                break
-            self._give_back(batch, batch.messages)
+        while batch := self._hands.take():
+            self._take_back(batch, batch.messages)
         await self._persistently(self._settle)
         if self._lease_ends:  # otherwise it never came to register
             await self._persistently(self._leave)
 
     async def _leave(self) -> None:
         async with self._upkeep.transaction() as connection:
-            await self._claims.leave(connection)
+            await self._hands.leave(connection)
 
     async def _persistently(self, work: Callable[[], Awaitable[_T]]) -> _T:
         """Does database work, again and again for as long as the database is away."""
@@ -233,9 +284,7 @@ class Worker:
                 if not is_transient(error) or self._settings.pool.is_closing():
                     raise
                 failures += 1
-                # Whatever is known of the table is known no more: a server that crashed may have forgotten a settling.
-                self._next_start = 0.0
-                self._in_doubt = True
+                self._hands.doubt()
                 delay = _DATABASE_DOWN(failures, error)
                 assert delay is not None
                 self._tell(DatabaseLost(error, delay))
@@ -247,92 +296,64 @@ class Worker:
 
     async def _claiming(self) -> None:
         idle = _FIRST_POLL
-        with self._ready:
-            while not self._stopping.is_set():
-                if self._settings.pool.is_closing():  # which waits for the connections that are kept here
-                    self._stopping.set()
-                    break
-                if self._holdings.is_half_full:
-                    self._space.clear()
-                    with anyio.move_on_after(_LOOK_UP):
-                        await self._space.wait()
-                    continue
-                self._wake.clear()
-                batches = await self._persistently(self._claim)
-                for batch in batches:
-                    self._ready.send_nowait(batch)
-                if batches:
-                    idle = _FIRST_POLL
-                    continue
-                with anyio.move_on_after(idle):
-                    await self._wake.wait()
-                idle = min(idle * 2, self._settings.poll_interval.total_seconds())
+        while not self._stopping.is_set():
+            if self._settings.pool.is_closing():  # which waits for the connections that are kept here
+                self._stopping.set()
+                break
+            if self._hands.balance_is_due():
+                await self._persistently(self._balance)
+            if self._hands.is_half_full:
+                self._space.clear()
+                with anyio.move_on_after(_LOOK_UP):
+                    await self._space.wait()
+                continue
+            self._wake.clear()
+            if await self._persistently(self._claim):
+                self._ready.set()
+                idle = _FIRST_POLL
+                continue
+            with anyio.move_on_after(idle):
+                await self._wake.wait()
+            idle = min(idle * 2, self._settings.poll_interval.total_seconds())
+        self._ready.set()
 
-    async def _claim(self) -> list[Batch]:
-        """Claims what there is room for, in one short transaction; only its COMMIT makes it ours."""
-        if self._stopping.is_set():
-            return []
-        if self._unsettled:  # run again after a new claim of the same message, it would let go of that one
+    async def _claim(self) -> bool:
+        """Claims what there is room for, in one short transaction; returns whether there was anything."""
+        if self._stopping.is_set() or not self._membership.is_active:
+            return False
+        if self._hands.must_settle:
             await self._settle()
-        claims, size, started = self._claims, self._settings.batch_size, monotonic()
-        sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
-        async with self._doubting() as connection:
-            if started >= self._next_start:
-                await claims.find_start(connection)
-                self._next_start = self._after(started, _START_INTERVAL)
-            if started >= self._next_floor and claims.is_behind:
-                await claims.raise_floor(connection)
-                self._next_floor = self._after(started, _FLOOR_INTERVAL)
-            batches = await claims.claim_fresh(connection, self._holdings.room(), size, sweep=sweep)
-            if sweep:
-                self._next_sweep = self._after(started, 0.0)
-            if look_for_due:
-                started = monotonic()
-                due, more = await self._claim_due(connection, self._holdings.room_for_waiting())
-                self._next_due = 0.0 if more else self._after(started, self._settings.poll_interval.total_seconds())
-                batches += due
-        self._holdings.add(batches)
-        return batches
-
-    async def _claim_once(self) -> list[Batch]:
-        """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
-        size = self._settings.batch_size
-        async with self._upkeep.transaction() as connection:
-            await self._claims.take_over(connection, orphans=True)
-        async with self._doubting() as connection:
-            room = Room(size, self._holdings.room().bytes)
-            batches = await self._claims.claim_fresh(connection, room, size, sweep=True)
-            if not batches:
-                batches, _ = await self._claim_due(connection, room)
-        self._holdings.add(batches)
-        return batches
-
-    async def _claim_due(self, connection: Connection, room: Room) -> tuple[list[Batch], bool]:
-        batches, more = await self._claims.claim_due(connection, room)
-        # One suspect of a crash at a time: if it kills this process too, it must be clear which one it was.
-        if not self._holdings.holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
-            batches.append(suspect)
-        return batches, more
-
-    @asynccontextmanager
-    async def _doubting(self) -> AsyncIterator[Connection]:
-        """A transaction for claiming, which first lets go of what the last one, its outcome unknown, may have left."""
         async with self._searching.transaction() as connection:
-            if self._in_doubt:
-                await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
-            self._in_doubt = True
-            yield connection
-        self._in_doubt = False
+            await self._hands.claim(connection)
+        return self._hands.claimed()
 
-    @staticmethod
-    def _after(started: float, interval: float) -> float:
-        now = monotonic()
-        return now + max(interval, _SHARE * (now - started))
+    async def _balance(self) -> None:
+        async with self._searching.transaction() as connection:
+            has_changed = await self._hands.balance(connection)
+        if has_changed:
+            self._hands.balanced()
+
+    async def _claim_once(self) -> None:
+        """Claims one batch."""
+        async with self._upkeep.transaction() as connection:
+            await self._membership.take_over(connection, orphans=True)
+            if not self._membership.is_active:
+                await self._membership.activate(connection)
+        if self._membership.is_active:
+            await self._balance()
+            async with self._searching.transaction() as connection:
+                await self._hands.claim_one(connection)
+            self._hands.claimed()
 
     # --- delivering -------------------------------------------------------------------------------------
 
     async def _delivering(self) -> None:
-        async for batch in self._to_deliver:
+        while not self._stopping.is_set():
+            batch = self._hands.take()
+            if batch is None:
+                self._ready.clear()
+                await self._ready.wait()
+                continue
             left: Sequence[Message] = batch.messages
             try:
                 while left and await self._may_dispatch(batch):
@@ -341,17 +362,17 @@ class Worker:
                     await asyncio.sleep(0)
             finally:
                 # The relay is stopping, the delivery was cancelled, or the batch is no longer this relay's.
-                self._give_back(batch, left)
+                self._take_back(batch, left)
 
     async def _may_dispatch(self, batch: Batch) -> bool:
         """Waits for the lease and for the destination; False when the relay is stopping or lost the batch."""
-        while not self._stopping.is_set() and batch.owner == self._claims.owner:
+        while not self._stopping.is_set() and self._hands.is_mine(batch):
             if monotonic() >= self._lease_ends:
                 self._renewed.clear()
                 await self._renewed.wait()
             elif not await self._breaker.admit():
                 return False
-            elif monotonic() < self._lease_ends and batch.owner == self._claims.owner:
+            elif monotonic() < self._lease_ends and self._hands.is_mine(batch):
                 return True
             else:  # it was lost while it waited for the destination
                 self._breaker.released()
@@ -372,7 +393,7 @@ class Worker:
         accepted = [one for one in messages if position_of(one) not in failures] if failures else messages
         if accepted:
             self._delivered += len(accepted)
-            self._outcomes_of(batch).delivers(batch, accepted)
+            self._hands.delivered(batch, accepted)
             if settings.hooks:
                 self._tell(BatchDelivered(tuple(accepted), monotonic() - started))
         unavailable = self._sort_failures(batch, messages, failures) if failures else []
@@ -404,28 +425,19 @@ class Worker:
     def _note_failures(
         self, batch: Batch, outcomes: Sequence[tuple[Message, BaseException, Postponed | Buried]]
     ) -> None:
-        self._outcomes_of(batch).fails(batch, [outcome for _, _, outcome in outcomes])
+        self._hands.failed(batch, [outcome for _, _, outcome in outcomes])
         for message, error, outcome in outcomes:
             if isinstance(outcome, Buried):
                 self._tell(MessageDied(message, error, outcome.attempts))
             else:
-                self._tell(MessageFailed(message, error, outcome.attempts, outcome.delay))
+                self._tell(MessageFailed(message, error, outcome.attempts, outcome.delay or timedelta()))
         self._news.set()
 
-    def _give_back(self, batch: Batch, messages: Sequence[Message]) -> None:
-        """Makes messages due at once for any relay; without an attempt spent, since none was answered."""
-        spent = 1 if batch.suspect is Suspect.CRASH else 0
-        if messages:
-            self._given_back += len(messages)
-            back = [Postponed(position_of(one), timedelta(), one.attempts - spent, batch.suspect) for one in messages]
-            self._outcomes_of(batch).fails(batch, back)
-            self._news.set()
-
-    def _outcomes_of(self, batch: Batch) -> Settlement:
-        if self._outcomes.owner != batch.owner:  # claimed before, or after, this relay was taken for dead
-            self._unsettled.append(self._outcomes)
-            self._outcomes = Settlement(batch.owner)
-        return self._outcomes
+    def _take_back(self, batch: Batch, left: Sequence[Message]) -> None:
+        self._given_back += len(left)
+        self._hands.done(batch, left)
+        self._ready.set()
+        self._news.set()
 
     # --- settling ---------------------------------------------------------------------------------------
 
@@ -437,24 +449,13 @@ class Worker:
 
     async def _settle(self) -> None:
         """Settles all that is known by now in one transaction; what cannot be settled stays to be settled."""
-        if self._outcomes.messages:
-            self._unsettled.append(self._outcomes)
-            self._outcomes = Settlement(self._outcomes.owner)
         async with self._settle_lock:
-            while self._unsettled:
-                settlement = self._unsettled[0]
+            while settlement := self._hands.to_settle():
                 async with self._searching.transaction() as connection:
-                    await self._claims.settle(connection, settlement)
-                del self._unsettled[0]
-                self._forget(settlement)
-
-    def _forget(self, settlement: Settlement) -> None:
-        self._holdings.remove(settlement)
-        self._space.set()
-        if settlement.crash_suspects:
-            self._next_due = 0.0
-        if settlement.delivered_waiting or settlement.postponed or settlement.buried:
-            self._wake.set()  # there is room for more of those that are due
+                    await self._hands.settle(connection, settlement)
+                if self._hands.settled(settlement):
+                    self._wake.set()
+                self._space.set()
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 
@@ -466,30 +467,34 @@ class Worker:
     async def _renew(self) -> None:
         async with self._upkeep.transaction() as connection:
             started = monotonic()
-            alive = await self._claims.renew(connection)
-            if not alive:
-                self._claims.rename()
-                await self._claims.register(connection)
+            alive = await self._hands.renew(connection)
         if not alive:
             self._tell(RelayFenced())
+            self._say_whether_active()
         self._lease_ends = started + self._lease
         self._renewed.set()
 
     async def _taking_over(self) -> None:
         while True:
-            relays, messages = await self._persistently(self._take_over)
-            if relays:
-                self._tell(RelaysDied(relays, messages))
-                self._next_due = 0.0
-            await anyio.sleep(self._lease / 3)
+            taken = await self._persistently(self._take_over)
+            if taken.relays:
+                self._tell(RelaysDied(taken.relays, taken.messages))
+                self._hands.look()
+                self._wake.set()
+            seconds = self._lease / 3
+            if taken.next_look is not None:
+                seconds = min(seconds, max(0.0, taken.next_look.total_seconds()))
+            await anyio.sleep(seconds)
 
-    async def _take_over(self) -> tuple[int, int]:
+    async def _take_over(self) -> TakenOver:
         started = monotonic()
         orphans = started >= self._next_orphans
         async with self._upkeep.transaction() as connection:
-            taken = await self._claims.take_over(connection, orphans=orphans)
+            taken = await self._membership.take_over(connection, orphans=orphans)
+            if not self._membership.is_active:
+                await self._membership.activate(connection)
         if orphans:
-            self._next_orphans = self._after(started, _START_INTERVAL)
+            self._next_orphans = after(started, START_INTERVAL)
         return taken
 
     async def _cleaning(self) -> None:
@@ -497,7 +502,7 @@ class Worker:
         while keep is not None:
             started = monotonic()
             if await self._persistently(self._clean) < _CLEANUP_LIMIT:
-                await anyio.sleep(self._after(started, _CLEANUP_INTERVAL) - monotonic())
+                await anyio.sleep(after(started, _CLEANUP_INTERVAL) - monotonic())
 
     async def _clean(self) -> int:
         assert self._settings.keep is not None
@@ -552,5 +557,22 @@ def _log(event: Event) -> None:
             _LOGGER.warning("%d relay(s) died holding %d message(s), now tried again", event.relays, event.messages)
         case RelayFenced():
             _LOGGER.warning("this relay did not renew its lease in time and lost what it held")
+        case _:
+            _log_of_order(event)
+
+
+def _log_of_order(event: Event) -> None:
+    match event:
+        case RelayStandsBy():
+            _LOGGER.warning("this relay stands by: others with another order than %r are at work", event.order)
+        case WriterLate(passed_over=False):
+            _LOGGER.warning("ordered delivery waits for a transaction of pid %s, open for %s", event.pid, event.age)
+        case WriterLate():
+            _LOGGER.warning(
+                "ordered delivery no longer waits for a transaction of pid %s, open for %s: what it commits comes "
+                "out of order",
+                event.pid,
+                event.age,
+            )
         case _:
             pass

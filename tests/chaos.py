@@ -36,8 +36,9 @@ import asyncpg
 
 from outbox import CommitStrategy, Outbox
 from outbox.embedded import Server
+from tests.chaos_operator import Operator
 from tests.chaos_relay import GRACE, LEASE, Setup
-from tests.chaos_writers import Writers
+from tests.chaos_writers import GONE, Writers
 from tests.faults import FaultProxy
 from tests.history.checker import History, Verdict, check
 from tests.history.journal import Journal
@@ -45,16 +46,30 @@ from tests.history.journal import Journal
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How the relays of a run work, and whether they promise the order of each key (of first deliveries)."""
+    """How the relays of a run work, and so what is promised of their order."""
 
+    order: Literal["none", "key", "total"]
+    on_failure: Literal["block", "park", "skip"]
     commit: CommitStrategy
-    order: Literal["none"]
-    ordered: bool
+
+    @property
+    def ordered(self) -> bool:
+        return self.order != "none"
 
 
 MODES: Final = {
-    "none-delete": Mode(CommitStrategy.DELETE, "none", ordered=False),
-    "none-mark": Mode(CommitStrategy.MARK, "none", ordered=False),
+    "none-delete": Mode("none", "block", CommitStrategy.DELETE),
+    "none-mark": Mode("none", "block", CommitStrategy.MARK),
+    "key-block-delete": Mode("key", "block", CommitStrategy.DELETE),
+    "key-block-mark": Mode("key", "block", CommitStrategy.MARK),
+    "key-park-delete": Mode("key", "park", CommitStrategy.DELETE),
+    "key-park-mark": Mode("key", "park", CommitStrategy.MARK),
+    "key-skip-delete": Mode("key", "skip", CommitStrategy.DELETE),
+    "key-skip-mark": Mode("key", "skip", CommitStrategy.MARK),
+    "total-block-delete": Mode("total", "block", CommitStrategy.DELETE),
+    "total-block-mark": Mode("total", "block", CommitStrategy.MARK),
+    "total-skip-delete": Mode("total", "skip", CommitStrategy.DELETE),
+    "total-skip-mark": Mode("total", "skip", CommitStrategy.MARK),
 }
 
 _SLOTS: Final = 6
@@ -81,6 +96,7 @@ _WEIGHTS: Final = {
     "pool exhausted": 2,
     "server full": 1,
     "held snapshot": 1,
+    "long writer": 3,
 }
 
 
@@ -101,7 +117,12 @@ def schedule(seed: str, seconds: float) -> list[Fault]:
     The last is a death of the server: what it makes a relay forget is not healed by that relay's own death any more.
     """
     dice, faults, at = random.Random(seed), list[Fault](), 1.0
-    lengths = {"long freeze": (LEASE * 1.2, LEASE * 2.5), "freeze": (0.2, LEASE / 2), "held snapshot": (5.0, 30.0)}
+    lengths = {
+        "long freeze": (LEASE * 1.2, LEASE * 2.5),
+        "freeze": (0.2, LEASE / 2),
+        "held snapshot": (5.0, 30.0),
+        "long writer": (1.0, 4.0),
+    }
     deck = list(_WEIGHTS)
     dice.shuffle(deck)
     gap = min(1.0, seconds / 2 / len(deck))
@@ -153,6 +174,7 @@ class Run:
     server: Server
     journal: Journal
     writers: Writers
+    operator: Operator | None
     slots: list[_Slot]
     injected: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
@@ -160,6 +182,26 @@ class Run:
     _dark: list[tuple[int, float]] = field(default_factory=list)
     _server_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _mended: list[float] = field(default_factory=list)
+
+    async def run(self, seconds: float) -> None:
+        """Has everybody at work while the faults happen, and then lets them come to an end."""
+        enough = asyncio.Event()
+        await self.writers.prepare()
+        if self.operator:
+            await self.operator.prepare()
+        for slot in self.slots[: 1 + random.Random(self.seed).randrange(4)]:
+            await self.start_relay(slot)
+        async with asyncio.TaskGroup() as group:
+            operating = group.create_task(self.operator.run()) if self.operator else None
+            writing = group.create_task(self.writers.run(_WRITERS, enough))
+            await self.storm(schedule(self.seed, seconds))
+            enough.set()
+            await writing
+            await self.finish()
+            if operating:
+                operating.cancel()
+        if self.operator:
+            self.broken += self.operator.broken
 
     # --- relays -----------------------------------------------------------------------------------------
 
@@ -173,6 +215,7 @@ class Run:
             seed=f"{self.seed}-{next(self._births)}",
             commit=self.mode.commit.value,
             order=self.mode.order,
+            on_failure=self.mode.on_failure,
         )
         with self.journal.path.with_suffix(".log").open("ab") as log:
             slot.process = await asyncio.create_subprocess_exec(
@@ -231,6 +274,8 @@ class Run:
                 happened = await self._fill_server(fault.seconds)
             case "held snapshot":
                 happened = await self._hold_snapshot(fault.seconds)
+            case "long writer":
+                happened = await self._write_for_long(fault)
             case _:
                 happened = await self._strike(fault)
         if happened:
@@ -291,7 +336,7 @@ class Run:
             self.journal.note_span("freeze", slot.pid, since)
 
     async def _terminate(self, name: str) -> None:
-        with suppress(*_DATABASE_AWAY):
+        with suppress(*GONE):
             async with self._connected() as connection:
                 await connection.execute(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE $1", name
@@ -340,18 +385,23 @@ class Run:
         async with AsyncExitStack() as connections:
             with self._cut(0, 1.0):
                 await self._terminate("chaos-%")
-                with suppress(*_DATABASE_AWAY):
+                with suppress(*GONE):
                     for _ in range(_CONNECTIONS):
                         await connections.enter_async_context(self._connected())
                 await asyncio.sleep(seconds)
         return True
 
     async def _hold_snapshot(self, seconds: float) -> bool:
-        with suppress(*_DATABASE_AWAY):
+        with suppress(*GONE):
             async with self._connected() as connection:
                 await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
                 await connection.execute("SELECT count(*) FROM outbox")
                 await asyncio.sleep(seconds)
+        return True
+
+    async def _write_for_long(self, fault: Fault) -> bool:
+        with suppress(*GONE):
+            await self.writers.linger(fault.seconds, fault.target)
         return True
 
     @asynccontextmanager
@@ -388,6 +438,8 @@ class Run:
         if not any(slot.process for slot in self.slots):
             await self.start_relay(self.slots[0])
         living = sum(1 for slot in self.slots if slot.process)
+        if self.operator:
+            self.operator.is_final = True
         async with self._connected() as connection:
             await self._drain(connection, living)
             await asyncio.gather(*(self.stop_relay(slot) for slot in self.slots if slot.process))
@@ -395,7 +447,8 @@ class Run:
             await self._write_down(connection)
 
     async def _drain(self, connection: "asyncpg.Connection[Any]", living: int) -> None:
-        query = f"SELECT ({_PENDING}), (SELECT count(*) FROM outbox_relays)"  # noqa: S608 -- our own statement
+        left = f"({_PENDING}) + ({_DEAD})" if self.operator else f"({_PENDING})"
+        query = f"SELECT {left}, (SELECT count(*) FROM outbox_relays)"  # noqa: S608 -- our own statement
         ends, state = monotonic() + _DRAIN_SECONDS, None
         while monotonic() < ends:
             state = tuple(await connection.fetchrow(query) or ())
@@ -410,6 +463,7 @@ class Run:
             "claims held": "SELECT count(*) FROM outbox_claims",
             "relays registered": "SELECT count(*) FROM outbox_relays",
             "waiting messages owned": "SELECT count(*) FROM outbox_waiting WHERE owner IS NOT NULL",
+            "slots owned": "SELECT count(*) FROM outbox_slots WHERE owner IS NOT NULL",
         }.items():
             if number := await connection.fetchval(query):
                 self.broken.append(f"{number} {what} after everybody has left")
@@ -427,11 +481,23 @@ class Run:
             for row in await connection.fetch("SELECT * FROM orders ORDER BY position")
         ]
         committed = {row[0] for row in orders}
-        self.journal.note("settings", lease=LEASE, held=_HELD, unflushed=_UNFLUSHED)
+        self.journal.note(
+            "settings",
+            order=self.mode.order,
+            on_failure=self.mode.on_failure,
+            lease=LEASE,
+            held=_HELD,
+            unflushed=_UNFLUSHED,
+        )
         self.journal.note("committed", messages=[[*row, number.get(row[0])] for row in orders])
         self.journal.note("rolled_back", messages=sorted(self.writers.attempted - committed))
+        dead = await connection.fetch("SELECT id, behind FROM outbox_dead WHERE behind <> position")
+        self.journal.note("parked", messages=[[str(row[0]), row[1]] for row in dead])
         dead = await connection.fetch("SELECT id FROM outbox_dead")
         self.journal.note("dead", messages=[str(row[0]) for row in dead])
+        if self.operator:
+            discarded = await connection.fetch("SELECT id FROM discarded")
+            self.journal.note("discarded", messages=[str(row[0]) for row in discarded])
 
     def recovery(self, history: History) -> float:
         """Returns the longest time from the end of a fault to the next message that was delivered."""
@@ -446,15 +512,9 @@ class Run:
 
 
 _ROOT: Final = Path(__file__).parent.parent
+_DEAD: Final = "SELECT count(*) FROM outbox_dead"
 _PENDING: Final = """
     SELECT (SELECT count(*) FROM outbox WHERE dispatched_at IS NULL) + (SELECT count(*) FROM outbox_waiting)"""
-_DATABASE_AWAY: Final = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    OSError,
-    TimeoutError,
-)
 
 
 @contextmanager
@@ -506,8 +566,10 @@ class Report:
             "lost": len(verdict.lost),
             "invented": len(verdict.invented) + len(verdict.uncommitted) + len(verdict.altered),
             "duplicated": f"{len(verdict.explained)} explained, {len(verdict.unexplained)} unexplained",
-            "dead letters": f"{len(history.dead)}, of {sum(one.rejected for one in history.committed.values())} "
-            "that the destination rejects",
+            "dead letters": f"{len(history.dead)}, and {len(history.discarded)} discarded, of "
+            f"{sum(one.rejected for one in history.committed.values())} that the destination rejects",
+            "parked": f"{len({name for name, _ in history.parked})} behind "
+            f"{len({head for _, head in history.parked})} others",
             "out of order": f"{len(verdict.disordered)}{'' if MODES[self.mode].ordered else ' (not promised)'}",
             "longest recovery": f"{self.recovery:.1f} s",
         }
@@ -518,9 +580,9 @@ class Report:
 async def run(name: str, seed: str, seconds: float, folder: Path) -> Report:
     """Runs one mode for about so many seconds, and judges what happened."""
     mode, path, outbox = MODES[name], folder / f"{name}.jsonl", Outbox()
+    parks = mode.on_failure == "park"
     path.unlink(missing_ok=True)
-    journal, enough = Journal(path), asyncio.Event()
-    tail = _Tail(path)
+    journal, tail = Journal(path), _Tail(path)
     async with AsyncExitStack() as stack:
         stack.callback(journal.close)
         # The time in which commits that are not waited for reach the disk, at most three of these, is made longer.
@@ -529,19 +591,17 @@ async def run(name: str, seed: str, seconds: float, folder: Path) -> Report:
         await server.start()
         proxies = [await stack.enter_async_context(FaultProxy(urlsplit(server.dsn).port or 0)) for _ in range(3)]
         slots = [_Slot(number, proxies[number // 2] if number % 2 else None) for number in range(_SLOTS)]
-        writers = Writers(server.dsn, outbox, seed, lambda: len(writers.commits) - tail.read() < _BACKLOG)
-        chaos = Run(name, mode, seed, server, journal, writers, slots)
+        writers = Writers(
+            server.dsn, outbox, seed, lambda: len(writers.commits) - tail.read() < _BACKLOG, mendable=parks
+        )
+        operator = Operator(server.dsn, outbox, journal, seed) if parks else None
+        chaos = Run(name, mode, seed, server, journal, writers, operator, slots)
         stack.push_async_callback(_kill_all, slots)
-        await writers.prepare()
-        for slot in slots[: 1 + random.Random(seed).randrange(4)]:
-            await chaos.start_relay(slot)
-        async with asyncio.TaskGroup() as group:
-            group.create_task(writers.run(_WRITERS, enough))
-            await chaos.storm(schedule(seed, seconds))
-            enough.set()
-        await chaos.finish()
+        await chaos.run(seconds)
     history = History.read(path.read_text(errors="replace").splitlines())
     verdict = check(history)
+    if history.passed_over:
+        chaos.broken.append(f"{history.passed_over} times a writer was passed over, and none takes so long")
     broken = [*chaos.broken, *verdict.violations(ordered=mode.ordered)]
     return Report(name, seed, chaos.injected, history, verdict, broken, chaos.recovery(history))
 

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,18 +32,23 @@ from outbox import (
     RejectedError,
     Relay,
     RelayFenced,
+    WriterLate,
     half_jitter,
 )
 from tests.history.journal import Journal
 
 REJECTED: Final = "rejected"
 """The topic of the messages that the destination rejects for ever."""
+MENDABLE: Final = "mendable"
+"""The topic of those that it rejects until an operator mends them, which is a file of their id."""
 
 LEASE: Final = 2.0
 GRACE: Final = 4.0
 TIMEOUT: Final = 1.0
 BATCH: Final = 20
 POOL: Final = 3
+PATIENCE: Final = 30.0
+"""How long an order waits for a writer: longer than any of them takes."""
 
 # Again and again, whatever happens: so the dead letters are exactly those that were rejected.
 _BACKOFF: Final = ExponentialBackOff(
@@ -59,26 +65,57 @@ class Setup:
     name: str
     seed: str
     commit: str
-    order: Literal["none"] = "none"
+    order: Literal["none", "key", "total"]
+    on_failure: Literal["block", "park", "skip"]
+
+    @property
+    def mended(self) -> Path:
+        return mended(Path(self.journal))
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))
+
+
+def mended(journal: Path) -> Path:
+    """Returns the folder of a run in which the messages that were mended have a file."""
+    return journal.with_suffix(".mended")
 
 
 class MoodyDestination:
     """Takes what it is given, mostly; else it raises, hangs, takes a half, rejects, or is not there.
 
     What it takes is written down when it takes it, and its answer when it gives it: between the two it may hang or
-    raise. Of a key it takes all or none in one call, as a destination does that keeps an order.
+    raise. What it refuses is written down before anybody hears of it. Of a key (in total order: of everything) it
+    takes all, or those before the first that it refuses, as a destination does that keeps an order.
     """
 
-    def __init__(self, journal: Journal, dice: random.Random) -> None:
+    def __init__(self, journal: Journal, dice: random.Random, setup: Setup) -> None:
         self._journal = journal
         self._dice = dice
+        self._mended = setup.mended
+        self._is_total = setup.order == "total"
         self._calls = 0
         self._down_until = 0.0
 
     async def dispatch(self, *messages: Message) -> None:
+        try:
+            await self._dispatch(messages)
+        except PartialDispatchError as error:
+            self._refuse(error.failures)
+            raise
+        except DestinationUnavailableError:  # no refusal: it did not look at them
+            raise
+        except BaseException as error:  # also when it is given up
+            self._refuse({message.id: error for message in messages}, alone=len(messages) == 1)
+            raise
+
+    def _refuse(self, failures: Mapping[UUID, BaseException], *, alone: bool = True) -> None:
+        rejected = [str(name) for name, error in failures.items() if alone and isinstance(error, RejectedError)]
+        if rejected:
+            self._journal.note("rejected", relay=os.getpid(), messages=rejected)
+        self._journal.note("refused", relay=os.getpid(), messages=[str(name) for name in failures])
+
+    async def _dispatch(self, messages: tuple[Message, ...]) -> None:
         self._calls += 1
         call, begun, mood = self._calls, monotonic(), self._dice.random()
         await asyncio.sleep(self._dice.choice([0, 0, 0.002, 0.01, 0.05]))
@@ -88,7 +125,7 @@ class MoodyDestination:
         if mood < 0.022:
             await asyncio.sleep(10 * TIMEOUT)
         refused = self._refused(messages, partly=mood < 0.08)
-        if mood > 0.99 and any(message.topic == REJECTED for message in messages):
+        if mood > 0.97 and any(self._rejects(message) for message in messages):
             raise RejectedError("one of these")
         if taken := [message for message in messages if message.id not in refused]:
             self._take(call, begun, taken)
@@ -106,15 +143,24 @@ class MoodyDestination:
         if monotonic() < self._down_until:
             raise DestinationUnavailableError("nobody is there")
 
+    def _rejects(self, message: Message) -> bool:
+        return message.topic == REJECTED or (
+            message.topic == MENDABLE and not (self._mended / str(message.id)).exists()
+        )
+
     def _refused(self, messages: tuple[Message, ...], *, partly: bool) -> dict[UUID, BaseException]:
-        refused: dict[UUID, BaseException] = {
-            message.id: RejectedError("never") for message in messages if message.topic == REJECTED
-        }
-        if partly:
-            others = {message.key or str(message.id) for message in messages if self._dice.random() < 0.5}
-            for message in messages:
-                if (message.key or str(message.id)) in others:
-                    refused.setdefault(message.id, RuntimeError("not this one, not now"))
+        refused: dict[UUID, BaseException] = {}
+        stopped = set[str]()
+        for message in messages:
+            lane = "all" if self._is_total else message.key or str(message.id)
+            # It may look at what comes behind one that it refused, or not.
+            if self._rejects(message) and (lane not in stopped or self._dice.random() < 0.5):
+                refused[message.id] = RejectedError("never")
+            elif lane in stopped or (partly and self._dice.random() < 0.3):
+                refused[message.id] = RuntimeError("not this one, not now")
+            else:
+                continue
+            stopped.add(lane)
         return refused
 
     def _take(self, call: int, begun: float, messages: list[Message]) -> None:
@@ -132,14 +178,18 @@ async def _main(setup: Setup) -> None:
     def hook(event: Any) -> None:
         if isinstance(event, RelayFenced):
             journal.note_span("fence", os.getpid(), monotonic())
+        elif isinstance(event, WriterLate) and event.passed_over:
+            journal.note("passed_over", relay=os.getpid(), pid=event.pid)
 
     relay = Relay(
         Outbox(),
         pool,
-        MoodyDestination(journal, random.Random(setup.seed)),
+        MoodyDestination(journal, random.Random(setup.seed), setup),
         batch_size=BATCH,
         commit=CommitStrategy(setup.commit),
         order=setup.order,
+        on_failure=setup.on_failure,
+        late_commit_wait=timedelta(seconds=PATIENCE),
         backoff=_BACKOFF,
         hooks=[hook],
         destination_backoff=_BACKOFF,

@@ -17,7 +17,7 @@ from typing import Final
 import asyncpg
 
 from outbox import Message, Outbox, OutboxDispatcher, OutboxError
-from tests.chaos_relay import REJECTED
+from tests.chaos_relay import MENDABLE, REJECTED
 
 _TABLE: Final = """
     CREATE TABLE orders (
@@ -31,7 +31,7 @@ _RECORD: Final = """
     FROM unnest($2::uuid[], $3::bigint[]) AS w (id, body) JOIN (
         SELECT id, key, position, topic, false AS delayed FROM outbox WHERE position >= $1
         UNION ALL SELECT id, key, position, topic, true FROM outbox_waiting WHERE position >= $1) AS m USING (id)"""
-_GONE: Final = (
+GONE: Final = (
     OutboxError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
@@ -54,12 +54,14 @@ class Writers:
         outbox: Where they write.
         seed: Of all that they throw dice for.
         may_write: Says whether the relays are not too far behind.
+        mendable: Whether somebody mends what the destination rejects for now.
     """
 
     dsn: str
     outbox: Outbox
     seed: str
     may_write: Callable[[], bool]
+    mendable: bool = False
     attempted: set[str] = field(default_factory=set)
     commits: list[str] = field(default_factory=list)
     """The ids in the order of their commits, as far as those were answered."""
@@ -90,7 +92,7 @@ class Writers:
                 if connection is None or connection.is_closed():
                     connection = await asyncpg.connect(self.dsn, timeout=5)
                 await self._transact(connection, dice)
-            except _GONE:
+            except GONE:
                 await asyncio.sleep(0.05)  # the server is away: again a little later
         if connection:
             connection.terminate()
@@ -120,15 +122,43 @@ class Writers:
                     connection.terminate()
             self.commits += [str(message.id) for message in messages]
 
+    async def linger(self, seconds: float, seed: int) -> None:
+        """Writes messages of many keys, with others' in between, in a transaction that stays open for so long."""
+        dice = random.Random(f"{self.seed}-late-{seed}")
+        messages = [self._message(dice, keyed=True) for _ in range(12)]
+        self.attempted |= {str(message.id) for message in messages}
+        connection = await asyncpg.connect(self.dsn, timeout=5)
+        try:
+            transaction = connection.transaction()
+            await transaction.start()
+            low = await connection.fetchval(_LAST)
+            dispatcher = OutboxDispatcher(connection, self.outbox)
+            await dispatcher.dispatch(*messages[:6])
+            await asyncio.sleep(seconds / 2)
+            await dispatcher.dispatch(*messages[6:])
+            await self._record(connection, low, messages)
+            await asyncio.sleep(seconds / 2)
+            if dice.random() < 0.3:
+                await transaction.rollback()
+            else:
+                await transaction.commit()
+                self.commits += [str(message.id) for message in messages]
+        finally:
+            connection.terminate()
+
     async def _record(self, connection: asyncpg.Connection, low: int, messages: list[Message]) -> None:
         checks = [zlib.crc32(message.body) for message in messages]
         status = await connection.execute(_RECORD, low, [one.id for one in messages], checks, REJECTED)
         assert status == f"INSERT 0 {len(messages)}", f"{status}, and {len(messages)} were dispatched"
 
-    @staticmethod
-    def _message(dice: random.Random) -> Message:
+    def _message(self, dice: random.Random, *, keyed: bool = False) -> Message:
         size = 300_000 if dice.random() < 0.002 else dice.randrange(200)
-        due_at = datetime.now(UTC) + timedelta(seconds=dice.uniform(-0.1, 2)) if dice.random() < 0.03 else None
-        key = f"key-{dice.randrange(40)}" if dice.random() < 0.8 else None
-        topic = REJECTED if dice.random() < 0.003 else "orders"
-        return Message(dice.randbytes(size).hex(), topic=topic, key=key, due_at=due_at)
+        delayed = not keyed and dice.random() < 0.03
+        due_at = datetime.now(UTC) + timedelta(seconds=dice.uniform(-0.1, 2)) if delayed else None
+        key = f"key-{dice.randrange(40)}" if keyed or dice.random() < 0.8 else None
+        return Message(dice.randbytes(size).hex(), topic=self._topic(dice.random()), key=key, due_at=due_at)
+
+    def _topic(self, mood: float) -> str:
+        if self.mendable and mood > 0.998:
+            return MENDABLE
+        return REJECTED if mood < 0.003 else "orders"

@@ -20,7 +20,6 @@ import pytest
 
 from outbox import (
     ChainDispatcher,
-    CommitStrategy,
     DatabaseLost,
     FailImmediately,
     HandlerDispatcher,
@@ -37,6 +36,7 @@ from outbox import (
     RelaysDied,
 )
 from outbox._claims import Batch, Claims  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox.embedded import Server
 from tests.conformance.support import Events
 from tests.conftest import StartServer
@@ -483,7 +483,8 @@ async def test_what_a_relay_did_before_it_was_taken_for_dead_does_not_touch_what
         first = await destination.next()
         async with hand.transaction():  # another relay takes over
             await hand.execute("UPDATE outbox_relays SET until = now() - interval '1 h'")
-            assert await Claims(outbox, _HOUR, CommitStrategy.DELETE).take_over(hand) == (1, 1)
+            taken = await Membership(outbox, _HOUR, "none").take_over(hand)
+            assert (taken.relays, taken.messages) == (1, 1)
         await events.wait_for(RelayFenced)
         second = await destination.next()
         assert second.messages[0].id == first.messages[0].id

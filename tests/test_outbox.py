@@ -616,6 +616,8 @@ A_RELAY = [
     "INSERT ON {schema}.outbox_relays",
     "UPDATE ON {schema}.outbox_relays",
     "DELETE ON {schema}.outbox_relays",
+    "SELECT ON {schema}.outbox_slots",
+    "UPDATE ON {schema}.outbox_slots",
 ]
 # A message that had to wait goes back into the outbox when it is marked.
 A_RELAY_THAT_MARKS = [*A_RELAY, "INSERT ON {schema}.outbox"]

@@ -16,7 +16,7 @@ import pytest
 from outbox import Message, Outbox, OutboxDispatcher, OutboxError, Relay, SchemaError
 
 Connection = Any  # of the driver, or of its pool
-TABLES = ["", "_claims", "_dead", "_relays", "_version", "_waiting"]
+TABLES = ["", "_claims", "_dead", "_relays", "_slots", "_version", "_waiting"]
 NEWER = 1_000
 
 

@@ -388,7 +388,7 @@ async def test_promise_6_a_hundred_thousand_rows_that_are_due_do_not_hide_the_ne
     connection: asyncpg.Connection, queries: Queries
 ) -> None:
     claimant = UUID(int=1)
-    await connection.execute(queries.register, claimant, HOUR)
+    await connection.execute(queries.register, claimant, HOUR, "none")
     await connection.execute(_HUNDRED_THOUSAND, -3_600)
     await connection.execute("VACUUM ANALYZE outbox_waiting")
     suspect = await plan(connection, BEGIN, queries.claim_crash_suspect, claimant)

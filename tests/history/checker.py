@@ -6,9 +6,9 @@ order in which they were written down; times are seconds of a clock that all pro
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,14 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """Something that happened to a message, told by how many deliveries were written down before it."""
+
+    id: str
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """Something that happened to a relay, or with 0 to all of them, from one moment to another."""
 
@@ -56,6 +64,8 @@ class Span:
 class History:
     """What happened in one run."""
 
+    order: Literal["none", "key", "total"] = "key"
+    on_failure: Literal["block", "park", "skip"] = "block"
     lease: float = 10.0
     held: int = 301
     """Messages that one relay has in its hands at most."""
@@ -65,7 +75,20 @@ class History:
     rolled_back: set[str] = field(default_factory=set)
     deliveries: list[Delivery] = field(default_factory=list)
     """In the order in which the destination took them."""
+    refused: list[Moment] = field(default_factory=list)
+    """Messages of which the destination said, or let a relay think, that it did not take them; not when it was down."""
+    rejected: list[Moment] = field(default_factory=list)
+    """Those of them for which it said: never."""
+    discards: list[Moment] = field(default_factory=list)
+    """Dead letters that somebody was about to discard."""
+    parked: list[tuple[str, int]] = field(default_factory=list)
+    """Dead letters that were seen behind another, each with the position of that one."""
     dead: list[str] = field(default_factory=list)
+    """The dead letters of the end."""
+    discarded: list[str] = field(default_factory=list)
+    """Dead letters that are no more since somebody did discard them."""
+    passed_over: int = 0
+    """Writers that a relay waited for no longer."""
     ends: list[Span] = field(default_factory=list)
     """Relays that were killed, or stopped while they could not reach the database."""
     fences: list[Span] = field(default_factory=list)
@@ -90,7 +113,8 @@ class History:
     def _add(self, fact: dict[str, Any], answers: dict[tuple[int, int], float]) -> None:
         match fact["do"]:
             case "settings":
-                self.lease, self.held, self.unflushed = fact["lease"], fact["held"], fact["unflushed"]
+                for name in ("order", "on_failure", "lease", "held", "unflushed"):
+                    setattr(self, name, fact[name])
             case "took":
                 answered = answers.get((fact["relay"], fact["call"]))
                 self.deliveries += [
@@ -101,10 +125,21 @@ class History:
                 self.committed |= {row[0]: Committed(*row) for row in fact["messages"]}
             case "rolled_back":
                 self.rolled_back |= set(fact["messages"])
-            case "dead":
-                self.dead += fact["messages"]
             case "end" | "fence" | "freeze" | "cut" | "server_kill" as kind:
                 getattr(self, f"{kind}s").append(Span(fact["relay"], fact["since"], fact["until"]))
+            case _:
+                self._add_refusal(fact)
+
+    def _add_refusal(self, fact: dict[str, Any]) -> None:
+        match fact["do"]:
+            case "refused" | "rejected" | "discards" as kind:
+                getattr(self, kind).extend(Moment(name, len(self.deliveries)) for name in fact["messages"])
+            case "dead" | "discarded" as kind:
+                getattr(self, kind).extend(fact["messages"])
+            case "parked":
+                self.parked += [(name, behind) for name, behind in fact["messages"]]
+            case "passed_over":
+                self.passed_over += 1
             case _:  # answers, which are read first
                 pass
 
@@ -135,11 +170,13 @@ class Verdict:
     unexplained: list[str]
     """Delivered again where nothing explains it."""
     buried: list[str]
-    """Dead letters that the destination would have taken, and those that were delivered or never committed."""
+    """Dead letters, discarded or not, that the destination would have taken, and those delivered or never committed."""
+    misparked: list[str]
+    """Dead letters seen behind one that does not park them: of another key, never rejected, or not before them."""
     disordered: list[str]
-    """First delivered after a message of the same key that has a higher position."""
+    """Those whose turn came too late, after one of the same lane with a higher position; see `_turns`."""
     late: list[str]
-    """Committed after a message of the same key that has a higher position: no fault, but the hard case."""
+    """Committed after a message of the same lane that has a higher position: no fault, but the hard case."""
 
     def violations(self, *, ordered: bool) -> list[str]:
         """Says what was broken, in one sentence each; order only where it was promised."""
@@ -150,6 +187,7 @@ class Verdict:
             "altered": self.altered,
             "delivered again without a reason": self.unexplained,
             "buried wrongly": self.buried,
+            "parked wrongly": self.misparked,
             "out of order": self.disordered if ordered else [],
         }
         return [f"{len(names)} {what}, the first are {', '.join(names[:3])}" for what, names in broken.items() if names]
@@ -160,22 +198,24 @@ def check(history: History) -> Verdict:
     committed, first = history.committed, dict[str, Delivery]()
     for delivery in history.deliveries:
         first.setdefault(delivery.id, delivery)
-    dead = set(history.dead)
+    gone = {*history.dead, *history.discarded}
     explained, unexplained = _duplicates(history)
     return Verdict(
-        lost=[name for name in committed if name not in first and name not in dead],
+        lost=[name for name in committed if name not in first and name not in gone],
         invented=[name for name in first if name not in committed and name not in history.rolled_back],
         uncommitted=[name for name in first if name in history.rolled_back and name not in committed],
         altered=list({one.id: None for one in history.deliveries if _is_altered(one, committed.get(one.id))}),
         explained=explained,
         unexplained=unexplained,
-        buried=[name for name in dead if name in first or name not in committed or not committed[name].rejected],
-        disordered=_disordered([committed[name] for name in first if name in committed]),
+        buried=_buried(history, first.keys()),
+        misparked=_misparked(history),
+        disordered=_disordered(history.order, _turns(history)),
         late=_disordered(
+            history.order,
             sorted(
-                (one for one in committed.values() if one.commit is not None),
-                key=lambda one: (one.commit or 0, one.position),
-            )
+                ((one, True) for one in committed.values() if one.commit is not None),
+                key=lambda turn: (turn[0].commit or 0, turn[0].position),
+            ),
         ),
     )
 
@@ -184,15 +224,91 @@ def _is_altered(delivery: Delivery, written: Committed | None) -> bool:
     return written is not None and (delivery.position, delivery.check) != (written.position, written.check)
 
 
-def _disordered(messages: Iterable[Committed]) -> list[str]:
-    """Names those that come, in this sequence, after a higher position of their own key."""
+# --- dead letters -----------------------------------------------------------------------------------------
+
+
+def _buried(history: History, delivered: Collection[str]) -> list[str]:
+    """Names the dead letters that should be none.
+
+    At the end, with everybody gone, one that is not rejected itself may stand only behind one that is still there.
+    """
+    positions = {history.committed[name].position for name in history.dead if name in history.committed}
+    parked = {name for name, behind in history.parked if behind in positions} & set(history.dead)
+    return [
+        name
+        for name in (*history.dead, *history.discarded)
+        if name in delivered
+        or name not in history.committed
+        or not (history.committed[name].rejected or name in parked)
+    ]
+
+
+def _misparked(history: History) -> list[str]:
+    heads = {
+        history.committed[one.id].position: history.committed[one.id]
+        for one in history.rejected
+        if one.id in history.committed
+    }
+    return [
+        name
+        for name, behind in history.parked
+        if history.on_failure != "park"
+        or not (one := history.committed.get(name))
+        or not (head := heads.get(behind))
+        or (lane := _lane(history.order, one)) is None
+        or lane != _lane(history.order, head)
+        or head.position >= one.position
+    ]
+
+
+# --- order ------------------------------------------------------------------------------------------------
+
+
+def _lane(order: str, message: Committed) -> str | None:
+    """Returns what the message has its place in, if it has one; where no order is promised, that of its key."""
+    if message.delayed:
+        return None
+    return "all" if order == "total" else message.key
+
+
+def _turns(history: History) -> list[tuple[Committed, bool]]:
+    """Returns the messages in the order in which each had its turn, and whether those behind it count on that.
+
+    A message has its turn when the destination takes it for the first time. One that the destination rejects has it
+    when it does not hold up the others any more: under "block" when it is rejected for the first time, after which it
+    may be given up; under "park" when somebody is about to discard it. Such a turn may come early, but not late.
+    Under "skip" a message that was refused before it was taken has no turn, since it gave up its place; those that
+    never were are in order among themselves.
+    """
+    turns: dict[str, float] = {}
+    for index, delivery in enumerate(history.deliveries):
+        turns.setdefault(delivery.id, index + 0.5)
+    taken = set(turns.items())
+    if history.order != "none" and history.on_failure == "skip":
+        for moment in history.refused:
+            if moment.after <= turns.get(moment.id, -1.0):
+                del turns[moment.id]
+    elif history.order != "none":
+        for moment in history.rejected if history.on_failure == "block" else history.discards:
+            turns[moment.id] = min(moment.after, turns.get(moment.id, float("inf")))
+    return [
+        (history.committed[turn[0]], turn in taken)
+        for turn in sorted(turns.items(), key=lambda turn: turn[1])
+        if turn[0] in history.committed
+    ]
+
+
+def _disordered(order: str, turns: Iterable[tuple[Committed, bool]]) -> list[str]:
+    """Names those that come, in this sequence, after a higher position of their own lane that counts."""
     highest: dict[str, int] = {}
     late = []
-    for message in messages:
-        if message.key is not None and not message.delayed:
-            if message.position < highest.get(message.key, message.position):
+    for message, counts in turns:
+        lane = _lane(order, message)
+        if lane is not None:
+            if message.position < highest.get(lane, message.position):
                 late.append(message.id)
-            highest[message.key] = max(message.position, highest.get(message.key, message.position))
+            if counts:
+                highest[lane] = max(message.position, highest.get(lane, message.position))
     return late
 
 
@@ -266,7 +382,7 @@ def _excuses_of(history: History, relay: int, hands: "_Hands") -> Iterator[tuple
             yield from ((index, _OVERTAKEN) for index in hands.unsettled_in(span))
     for span in history.server_kills:
         since = _unflushed_since(history, relay, span)
-        yield from ((index, _LOST) for index in hands.unsettled_in(span) if hands.answer(index) > since)
+        yield from ((index, _LOST) for index in hands.under_way(since, span.until))
         # The claims of that time may be lost, and others claim the same while this relay goes on with them.
         forgotten = _Excuse(overtaken_since=span.since)
         yield from ((index, forgotten) for index in hands.held_over(span))
@@ -303,11 +419,12 @@ class _Hands:
         within = [index for index in self._begun if begun[index].begun <= span.until]
         return before[-self._history.held :] + [index for index in within if self.answer(index) >= span.since]
 
+    def under_way(self, since: float, until: float) -> list[int]:
+        """Those of which the destination had the call, or had just answered it, at some time between the two."""
+        deliveries = self._history.deliveries
+        return [index for index in self._begun if deliveries[index].begun <= until and self.answer(index) > since]
+
     def held_over(self, span: Span) -> list[int]:
         """Those under way when the span ended, and as many begun later as a relay may have had ready."""
-        deliveries = self._history.deliveries
-        under_way = [
-            index for index in self._begun if deliveries[index].begun <= span.until and self.answer(index) > span.since
-        ]
-        later = [index for index in self._begun if deliveries[index].begun > span.until]
-        return under_way + later[: self._history.held]
+        later = [index for index in self._begun if self._history.deliveries[index].begun > span.until]
+        return self.under_way(span.since, span.until) + later[: self._history.held]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.history.checker import Committed, Delivery, History, Span, check
+from tests.history.checker import Committed, Delivery, History, Moment, Span, check
 
 
 def delivery(position: int, relay: int = 1, *, at: float | None = None, answered: bool = True) -> Delivery:
@@ -126,6 +126,185 @@ def test_a_commit_behind_a_higher_position_of_its_key_is_counted_and_no_fault() 
     assert not verdict.violations(ordered=True)
 
 
+# --- order when deliveries fail -----------------------------------------------------------------------------
+
+
+def rejecting(position: int, **settings: Any) -> History:
+    """Nine messages of two keys, of which the destination rejects one just when its turn has come."""
+    history = history_of(9)
+    name = f"m{position}"
+    history.committed[name] = replace(history.committed[name], rejected=True)
+    history.deliveries = [one for one in history.deliveries if one.id != name]
+    history.refused = history.rejected = [Moment(name, position - 1)]
+    history.dead = [name]
+    for setting, value in settings.items():
+        setattr(history, setting, value)
+    return history
+
+
+def swap(history: History, one: int, other: int) -> None:
+    """Has two messages delivered each in the other's place."""
+    places = {delivery.id: index for index, delivery in enumerate(history.deliveries)}
+    first, second = places[f"m{one}"], places[f"m{other}"]
+    history.deliveries[first], history.deliveries[second] = history.deliveries[second], history.deliveries[first]
+
+
+def test_total_order_is_that_of_all_messages_with_a_key_or_without() -> None:
+    history = history_of(9)
+    history.order = "total"
+    history.committed["m5"] = replace(history.committed["m5"], key=None)
+    assert not check(history).violations(ordered=True)
+    swap(history, 5, 6)
+    assert check(history).disordered == ["m5"]
+
+
+def test_delayed_messages_have_no_place_in_total_order_either() -> None:
+    history = history_of(9)
+    history.order = "total"
+    history.committed["m5"] = replace(history.committed["m5"], delayed=True)
+    swap(history, 5, 6)
+    assert not check(history).violations(ordered=True)
+
+
+def test_nothing_may_be_taken_before_the_rejection_of_what_stood_before_it() -> None:
+    history = rejecting(5)
+    assert not check(history).violations(ordered=True)
+    history.rejected = history.refused = [Moment("m5", 6)]  # after m7, of the same key
+    assert check(history).disordered == ["m5"]
+    history.rejected = history.refused = [Moment("m5", 5)]  # after m6, of another
+    assert not check(history).violations(ordered=True)
+    history.rejected = history.refused = [Moment("m5", 0)]
+    assert not check(history).violations(ordered=True)
+
+
+def test_a_dead_letter_that_is_redriven_and_taken_has_had_its_turn() -> None:
+    history = rejecting(5, dead=[])
+    history.deliveries.append(delivery(5, at=10))
+    assert not check(history).violations(ordered=True)
+    history.rejected = []
+    assert check(history).disordered == ["m5"]
+
+
+def test_a_parked_key_goes_on_only_when_its_dead_letter_is_discarded() -> None:
+    history = rejecting(5, on_failure="park", dead=[], discarded=["m5"], discards=[Moment("m5", 5)])
+    assert not check(history).violations(ordered=True)
+    history.discards = [Moment("m5", 6)]
+    assert check(history).disordered == ["m5"]
+
+
+def test_a_parked_key_goes_on_also_when_its_dead_letter_is_redriven_and_taken() -> None:
+    history = rejecting(5, on_failure="park", dead=[])
+    history.deliveries.insert(5, delivery(5, at=6.6))
+    assert not check(history).violations(ordered=True)
+    swap(history, 5, 7)
+    assert check(history).disordered == ["m5"]
+
+
+def test_who_was_refused_loses_its_place_where_failures_are_skipped_and_nobody_else_does() -> None:
+    history = history_of(9)
+    history.on_failure = "skip"
+    history.refused = [Moment("m3", 2), Moment("m3", 4)]
+    history.deliveries.append(history.deliveries.pop(2))
+    assert not check(history).violations(ordered=True)
+    history.deliveries.append(history.deliveries.pop(3))
+    assert check(history).disordered == ["m5"]
+
+
+def test_a_refusal_after_it_was_taken_excuses_nothing() -> None:
+    history = history_of(9)
+    history.on_failure = "skip"
+    history.deliveries.append(history.deliveries.pop(2))
+    history.refused = [Moment("m3", 9)]
+    assert check(history).disordered == ["m3"]
+    history.refused = [Moment("m3", 8)]
+    assert not check(history).disordered
+
+
+@pytest.mark.parametrize("on_failure", ["block", "park"])
+def test_a_refusal_excuses_nothing_where_failures_are_not_skipped(on_failure: Any) -> None:
+    history = history_of(9)
+    history.on_failure = on_failure
+    history.refused = [Moment("m3", 2)]
+    history.deliveries.append(history.deliveries.pop(2))
+    assert check(history).disordered == ["m3"]
+
+
+# --- dead letters -------------------------------------------------------------------------------------------
+
+
+def parking() -> History:
+    """The destination rejects m5, behind which m7 and m9 are parked at the end."""
+    history = rejecting(5, on_failure="park", dead=["m5", "m7", "m9"], parked=[("m7", 5), ("m9", 5)])
+    history.deliveries = [one for one in history.deliveries if one.id not in history.dead]
+    return history
+
+
+def test_dead_letters_may_stand_behind_one_of_their_key_that_was_rejected() -> None:
+    assert not check(parking()).violations(ordered=True)
+
+
+def test_a_dead_letter_behind_nobody_is_buried_wrongly() -> None:
+    history = parking()
+    history.parked.pop()
+    assert check(history).buried == ["m9"]
+
+
+def test_a_dead_letter_left_behind_when_the_one_before_it_has_gone_is_buried_wrongly() -> None:
+    history = parking()
+    history.dead.remove("m5")
+    history.discarded = ["m5"]
+    assert check(history).buried == ["m7", "m9"]
+
+
+def test_what_was_parked_and_is_no_more_has_to_be_delivered() -> None:
+    history = parking()
+    history.dead.remove("m9")
+    assert check(history).lost == ["m9"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": "k0"}, {"key": None}, {"delayed": True}], ids=["another key", "no key", "delayed"]
+)
+@pytest.mark.parametrize("name", ["m5", "m7"])
+def test_who_is_parked_behind_a_stranger_is_parked_wrongly(name: str, change: dict[str, Any]) -> None:
+    history = parking()
+    history.committed[name] = replace(history.committed[name], **change)
+    assert check(history).misparked == (["m7", "m9"] if name == "m5" else ["m7"])
+
+
+def test_nobody_is_parked_behind_one_that_was_never_rejected() -> None:
+    history = parking()
+    history.rejected = []
+    assert check(history).misparked == ["m7", "m9"]
+
+
+def test_nobody_is_parked_behind_a_higher_position() -> None:
+    history = parking()
+    history.parked.append(("m3", 5))
+    assert check(history).misparked == ["m3"]
+
+
+@pytest.mark.parametrize("on_failure", ["block", "skip"])
+def test_nobody_is_parked_where_failures_do_not_park(on_failure: Any) -> None:
+    history = parking()
+    history.on_failure = on_failure
+    assert check(history).misparked == ["m7", "m9"]
+
+
+def test_what_was_discarded_is_not_lost_but_only_what_is_rejected_may_be() -> None:
+    history = rejecting(5, dead=[], discarded=["m5"])
+    assert not check(history).violations(ordered=True)
+    history.discarded.append("m7")
+    assert check(history).buried == ["m7"]
+    history.discarded = []
+    assert check(history).lost == ["m5"]
+
+
+def test_to_intend_to_discard_is_not_to_discard() -> None:
+    history = rejecting(5, dead=[], on_failure="park", discards=[Moment("m5", 4)])
+    assert check(history).lost == ["m5"]
+
+
 # --- duplicates ---------------------------------------------------------------------------------------------
 
 
@@ -204,6 +383,16 @@ def test_a_killed_server_explains_what_it_had_not_flushed_and_no_more() -> None:
     assert verdict.unexplained == ["m8"]
 
 
+def test_a_killed_server_may_have_lost_more_than_a_relay_has_in_its_hands() -> None:
+    history = history_of(9, held=1)
+    history.unflushed = 4.0
+    history.server_kills = [Span(0, 9.6, 9.7)]
+    history.deliveries += [delivery(one, 2, at=10) for one in (5, 6, 7)]
+    verdict = check(history)
+    assert verdict.explained == ["m6", "m7"]
+    assert verdict.unexplained == ["m5"]
+
+
 def test_what_could_not_be_settled_before_the_server_was_killed_is_explained() -> None:
     history = history_of(9, held=100)
     history.server_kills = [Span(0, 9.6, 9.7)]
@@ -227,19 +416,22 @@ def test_a_relay_may_go_on_with_claims_that_a_killed_server_forgot() -> None:
 
 
 def _lines(history: History) -> list[str]:
-    facts: list[dict[str, Any]] = [
-        {"do": "settings", "lease": history.lease, "held": history.held, "unflushed": history.unflushed}
-    ]
+    names = ("order", "on_failure", "lease", "held", "unflushed")
+    facts: list[dict[str, Any]] = [{"do": "settings", **{name: getattr(history, name) for name in names}}]
     for call, one in enumerate(history.deliveries):
+        facts += _moments(history, call)
         message = [one.id, one.position, one.check]
         facts.append({"do": "took", "relay": one.relay, "call": call, "begun": one.begun, "messages": [message]})
         if one.answered is not None:
             facts.append({"do": "answered", "at": one.answered, "relay": one.relay, "call": call})
     rows = [[m.id, m.position, m.key, m.check, m.delayed, m.rejected, m.commit] for m in history.committed.values()]
+    facts += _moments(history, len(history.deliveries)) + [{"do": "passed_over"}] * history.passed_over
     facts += [
         {"do": "committed", "messages": rows},
         {"do": "rolled_back", "messages": list(history.rolled_back)},
+        {"do": "parked", "messages": history.parked},
         {"do": "dead", "messages": history.dead},
+        {"do": "discarded", "messages": history.discarded},
     ]
     for kind in ("end", "fence", "freeze", "cut", "server_kill"):
         spans: list[Span] = getattr(history, f"{kind}s")
@@ -247,10 +439,22 @@ def _lines(history: History) -> list[str]:
     return [json.dumps(fact) for fact in facts]
 
 
+def _moments(history: History, after: int) -> list[dict[str, Any]]:
+    return [
+        {"do": kind, "messages": [one.id]}
+        for kind in ("refused", "rejected", "discards")
+        for one in getattr(history, kind)
+        if one.after == after
+    ]
+
+
 def test_a_history_is_read_from_its_record_and_half_a_line_is_passed_over() -> None:
     history = history_of(9)
     history.deliveries[3] = delivery(4, answered=False)
     history.rolled_back, history.dead, history.ends = {"m10"}, ["m11"], [Span(1, 2.0, 2.0)]
+    history.order, history.on_failure, history.passed_over = "total", "park", 2
+    history.refused, history.rejected = [Moment("m4", 3), Moment("m5", 4)], [Moment("m11", 4)]
+    history.discards, history.discarded, history.parked = [Moment("m12", 9)], ["m12"], [("m13", 11)]
     history.server_kills, history.cuts = [Span(0, 3.0, 4.0)], [Span(1, 3.0, 5.0)]
     history.fences, history.freezes = [Span(1, 6.0, 6.0)], [Span(1, 6.0, 7.0)]
     lines = _lines(history)

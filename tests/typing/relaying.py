@@ -31,8 +31,10 @@ from outbox import (
     Relay,
     RelayFenced,
     RelaysDied,
+    RelayStandsBy,
     RelayStarted,
     RelayStopped,
+    WriterLate,
     full_jitter,
     half_jitter,
     jitter_after,
@@ -86,7 +88,7 @@ async def all_ways_to_run_it(relay: Relay, outbox: Outbox, pool: "asyncpg.Pool[A
         tasks.cancel_scope.cancel()
 
 
-def told(event: Event) -> None:
+def told(event: Event) -> None:  # noqa: C901, PLR0915 -- one case for each
     """A hook that knows every event: a new one is found here by the type checker."""
     match event:
         case RelayStarted() | DestinationUp() | RelayFenced():
@@ -111,6 +113,12 @@ def told(event: Event) -> None:
         case RelaysDied(relays=relays, messages=count):
             assert_type(relays, int)
             assert_type(count, int)
+        case RelayStandsBy(order=order):
+            assert_type(order, str)
+        case WriterLate(pid=pid, age=age, passed_over=passed_over):
+            assert_type(pid, int | None)
+            assert_type(age, timedelta)
+            assert_type(passed_over, bool)
         case _:
             assert_never(event)
 

@@ -1,0 +1,195 @@
+"""What a relay has in its hands that competes with others for each batch: no order is kept."""
+
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
+from time import monotonic
+from typing import Final
+
+from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Settlement, Suspect, settle
+from outbox._holdings import Holdings
+from outbox._membership import Membership
+from outbox._message import Message
+from outbox._outbox import Connection, Outbox, position_of
+from outbox._pace import START_INTERVAL, after
+
+_FLOOR_INTERVAL: Final = 0.25
+"""Seconds between two attempts to raise the floor."""
+
+
+class Competing:
+    """Every message it holds is in exactly one place: ready, in delivery, or to be settled."""
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        membership: Membership,
+        *,
+        batch_size: int,
+        concurrency: int,
+        commit: CommitStrategy,
+        poll_interval: timedelta,
+    ) -> None:
+        self._queries = outbox._queries
+        self._membership = membership
+        self._size = batch_size
+        self._commit = commit
+        self._poll_interval = poll_interval.total_seconds()
+        self._claims = Claims(outbox, membership)
+        self._holdings = Holdings(batch_size * concurrency)
+        self._ready: deque[Batch] = deque()
+        self._claimed: list[Batch] = []
+        self._outcomes = Settlement(membership.owner)
+        self._unsettled: list[Settlement] = []
+        self._in_doubt = False
+        self._next_start = self._next_sweep = self._next_due = self._next_floor = 0.0
+
+    # --- claiming ---------------------------------------------------------------------------------------
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether there is no need yet to claim more."""
+        return self._holdings.is_half_full
+
+    @property
+    def must_settle(self) -> bool:
+        """Whether outcomes must be settled first: run after a new claim of the same message they would let go of it."""
+        return bool(self._unsettled)
+
+    def doubt(self) -> None:
+        """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
+        self._in_doubt = True
+        self._next_start = 0.0
+
+    def look(self) -> None:
+        """Looks for waiting messages with the next claim."""
+        self._next_due = 0.0
+
+    async def balance(self, connection: Connection) -> bool:  # noqa: ARG002 -- see `Hands`
+        """Does nothing: whoever competes shares nothing out."""
+        return False
+
+    def balanced(self) -> None:
+        """Does nothing, see `balance`."""
+
+    def balance_is_due(self) -> bool:
+        """Returns False, see `balance`."""
+        return False
+
+    async def claim(self, connection: Connection) -> None:
+        """Claims what there is room for; only the COMMIT makes it this relay's, and then `claimed` is called."""
+        await self._reconcile(connection)
+        claims, started = self._claims, monotonic()
+        sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
+        if started >= self._next_start:
+            await claims.find_start(connection)
+            self._next_start = after(started, START_INTERVAL)
+        if started >= self._next_floor and claims.is_behind:
+            await claims.raise_floor(connection)
+            self._next_floor = after(started, _FLOOR_INTERVAL)
+        self._claimed = await claims.claim_fresh(connection, self._holdings.room(), self._size, sweep=sweep)
+        if sweep:
+            self._next_sweep = after(started, 0.0)
+        if look_for_due:
+            started = monotonic()
+            more = await self._claim_due(connection, self._holdings.room_for_waiting())
+            self._next_due = 0.0 if more else after(started, self._poll_interval)
+
+    async def claim_one(self, connection: Connection) -> None:
+        """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
+        await self._reconcile(connection)
+        room = Room(self._size, self._holdings.room().bytes)
+        self._claimed = await self._claims.claim_fresh(connection, room, self._size, sweep=True)
+        if not self._claimed:
+            await self._claim_due(connection, room)
+
+    async def _reconcile(self, connection: Connection) -> None:
+        """Lets go of what the last claim, its outcome unknown, may have left."""
+        if self._in_doubt:
+            await self._membership.wait_for_own(connection)
+            await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
+        self._in_doubt = True
+
+    async def _claim_due(self, connection: Connection, room: Room) -> bool:
+        batches, more = await self._claims.claim_due(connection, room)
+        self._claimed += batches
+        # One suspect of a crash at a time: if it kills this process too, it must be clear which one it was.
+        if not self._holdings.holds_crash_suspect and (suspect := await self._claims.claim_crash_suspect(connection)):
+            self._claimed.append(suspect)
+        return more
+
+    def claimed(self) -> bool:
+        """Has what was claimed ready to go out; returns whether it was anything."""
+        self._in_doubt = False
+        batches, self._claimed = self._claimed, []
+        self._holdings.add(batches)
+        self._ready.extend(batches)
+        return bool(batches)
+
+    # --- delivering -------------------------------------------------------------------------------------
+
+    def take(self) -> Batch | None:
+        """Returns the next batch to go out."""
+        return self._ready.popleft() if self._ready else None
+
+    def is_mine(self, batch: Batch) -> bool:
+        """Says whether this relay still holds what it took."""
+        return batch.owner == self._membership.owner
+
+    def delivered(self, batch: Batch, messages: Sequence[Message]) -> None:
+        """Notes what the destination accepted."""
+        self._outcomes_of(batch).delivers(batch, messages)
+
+    def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None:
+        """Notes what failed."""
+        self._outcomes_of(batch).fails(batch, outcomes)
+
+    def done(self, batch: Batch, left: Sequence[Message]) -> None:
+        """Takes a batch back; what is left is due at once for any relay, no attempt spent, since none was answered."""
+        spent = 1 if batch.suspect is Suspect.CRASH else 0
+        back = [Postponed(position_of(one), timedelta(), one.attempts - spent, batch.suspect) for one in left]
+        if back:
+            self._outcomes_of(batch).fails(batch, back)
+
+    def _outcomes_of(self, batch: Batch) -> Settlement:
+        if self._outcomes.owner != batch.owner:  # claimed before, or after, this relay was taken for dead
+            self._unsettled.append(self._outcomes)
+            self._outcomes = Settlement(batch.owner)
+        return self._outcomes
+
+    # --- settling ---------------------------------------------------------------------------------------
+
+    def to_settle(self) -> Settlement | None:
+        """Returns what is to be settled next."""
+        if self._outcomes.messages:
+            self._unsettled.append(self._outcomes)
+            self._outcomes = Settlement(self._outcomes.owner)
+        return self._unsettled[0] if self._unsettled else None
+
+    async def settle(self, connection: Connection, settlement: Settlement) -> None:
+        """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""
+        await settle(connection, self._queries, settlement, self._commit)
+
+    def settled(self, settlement: Settlement) -> bool:
+        """Forgets what was settled; returns whether others may be claimed in its place."""
+        del self._unsettled[0]  # which it was
+        self._holdings.remove(settlement)
+        if settlement.crash_suspects:
+            self._next_due = 0.0
+        return bool(settlement.delivered_waiting or settlement.postponed or settlement.buried)
+
+    # --- leaving ----------------------------------------------------------------------------------------
+
+    async def renew(self, connection: Connection) -> bool:
+        """Renews the lease; False when it was lost, and the relay has begun anew under another name."""
+        if await self._membership.renew(connection):
+            return True
+        self._membership.rename()
+        await self._membership.register(connection)
+        return False
+
+    async def leave(self, connection: Connection) -> None:
+        """Lets go of everything, known or not."""
+        await self._membership.lock(connection)
+        await self._claims.reconcile(connection, (), ())
+        await self._membership.leave(connection)

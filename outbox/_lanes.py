@@ -1,0 +1,189 @@
+"""What a relay that keeps an order has in its hands, and which of it may go out next."""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Final
+
+from outbox._claims import Room
+from outbox._message import Message
+from outbox._outbox import position_of
+
+_SMALLEST_WINDOW: Final = 200
+"""Messages held at least, so that small batches are not read one by one."""
+_WINDOW_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of bodies held at most, about: one message at least is held, however large it is."""
+
+
+class Reading:
+    """Fresh messages that were read together, and of which some are in hand."""
+
+    __slots__ = ("left", "size", "upto")
+
+    def __init__(self, positions: Sequence[int], size: int) -> None:
+        self.left = set(positions)
+        self.upto = positions[-1]
+        self.size = size
+
+
+class Lanes:
+    """Queues of messages, one for each lane; a lane is in one delivery at a time, however many messages of it.
+
+    A delivery takes whole queues, the longest waiting first: so few lanes are in each, and many deliveries can be
+    under way at once.
+
+    Args:
+        in_delivery: How many messages may be with the destination at once. Four times as many are held at most, and
+            half of that is read at once: so one half is read while the other is delivered.
+    """
+
+    def __init__(self, in_delivery: int) -> None:
+        self.held: dict[int, Message] = {}
+        """By position: queued, in delivery, or answered and not settled yet."""
+        self._window = max(_SMALLEST_WINDOW, 4 * in_delivery)
+        self._readings: list[Reading] = []
+        # The bytes of each message that had been waiting.
+        self._waiting: dict[int, int] = {}
+        self._queues: dict[int | None, list[Message]] = {}
+        # Those lanes whose queue may go out, each once.
+        self._ready: deque[int | None] = deque()
+        self._busy: set[int | None] = set()
+        self._alone: set[int] = set()
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether there is no need yet to read more."""
+        return len(self.held) > self._window // 2 or self._bytes > _WINDOW_BYTES // 2
+
+    def room(self) -> Room:
+        """Returns how many fresh messages may be read."""
+        return Room(min(self._window - len(self.held), self._window // 2), _WINDOW_BYTES - self._bytes)
+
+    def room_for_waiting(self) -> Room:
+        """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
+        return Room(self._window // 2 - len(self._waiting), _WINDOW_BYTES - self._bytes)
+
+    @property
+    def _bytes(self) -> int:
+        return sum(reading.size for reading in self._readings) + sum(self._waiting.values())
+
+    @property
+    def waiting(self) -> list[int]:
+        """The positions of those in hand that had been waiting."""
+        return list(self._waiting)
+
+    def fresh(self) -> Iterator[Message]:
+        """Goes through those in hand that had not been waiting."""
+        return (message for position, message in self.held.items() if position not in self._waiting)
+
+    @property
+    def readings(self) -> list[int]:
+        """The names of those readings of which something is in hand."""
+        return [reading.upto for reading in self._readings]
+
+    def hold_fresh(self, messages: Sequence[Message]) -> None:
+        """Takes messages in hand, read together, without queueing them."""
+        positions = [message._position or 0 for message in messages]
+        self.held.update(zip(positions, messages, strict=True))
+        self._readings.append(Reading(positions, sum([len(message._body or b"") for message in messages])))
+
+    def hold_waiting(self, message: Message, *, alone: bool) -> None:
+        """Takes a message in hand that had been waiting; alone is in a batch of its own."""
+        position = position_of(message)
+        self.held[position] = message
+        self._waiting[position] = len(message.body)
+        if alone:
+            self._alone.add(position)
+
+    def queue(self, messages: Iterable[Message]) -> None:
+        """Queues messages that are in hand, each at the end of its lane."""
+        queues, busy, ready = self._queues, self._busy, self._ready
+        for message in messages:
+            lane = message._lane
+            queue = queues.get(lane)
+            if queue is None:
+                queues[lane] = [message]
+                if lane not in busy:
+                    ready.append(lane)
+            else:
+                queue.append(message)
+
+    def is_alone(self, message: Message) -> bool:
+        """Says whether a message is delivered in a batch of its own."""
+        return position_of(message) in self._alone
+
+    def take(self, size: int) -> tuple[list[Message], list[int | None]]:
+        """Returns the next messages that may go out together, up to so many, and the lanes that are busy with them."""
+        messages: list[Message] = []
+        lanes: list[int | None] = []
+        queues, ready = self._queues, self._ready
+        while ready and (room := size - len(messages)) > 0:
+            lane = ready.popleft()
+            queue = queues.pop(lane)
+            count = room if not self._alone else self._together(queue[:room], first=not messages)
+            if len(queue) > count:
+                queues[lane], queue = queue[count:], queue[:count]
+            if not queue:  # whose head goes out by itself, and something else goes out with this batch
+                ready.appendleft(lane)
+                break
+            messages += queue
+            if lane is not None:
+                lanes.append(lane)
+            elif None in queues:
+                ready.append(None)
+            if self._alone and self.is_alone(queue[0]):
+                break
+        self._busy.update(lanes)
+        return messages, lanes
+
+    def _together(self, queue: Sequence[Message], *, first: bool) -> int:
+        """Returns how many of a queue go out in one batch: one that goes alone, or those before the next such."""
+        for place, message in enumerate(queue):
+            if self.is_alone(message):
+                return place or int(first)
+        return len(queue)
+
+    def finish(self, lanes: Collection[int | None]) -> None:
+        """Makes lanes free for their next delivery."""
+        self._busy.difference_update(lanes)
+        self._ready.extend(lane for lane in lanes if lane in self._queues)
+
+    def pull(self, lane: int | None) -> list[Message]:
+        """Takes what is queued of a lane out of it; it stays in hand until it is settled."""
+        queue = self._queues.pop(lane, None)
+        if queue is None:
+            return []
+        if lane not in self._busy:
+            self._ready.remove(lane)
+        return queue
+
+    def queued(self) -> list[tuple[int | None, list[Message]]]:
+        """Returns the lanes with what is queued of them."""
+        return list(self._queues.items())
+
+    def answer(self, positions: Collection[int]) -> list[int]:
+        """Crosses messages off their readings; returns those of which nothing is left."""
+        for reading in self._readings:
+            reading.left.difference_update(positions)
+        finished = [reading.upto for reading in self._readings if not reading.left]
+        if finished:
+            self._readings = [reading for reading in self._readings if reading.left]
+        return finished
+
+    def release(self, positions: Iterable[int]) -> None:
+        """Lets messages out of hand: they are settled, or somebody else's."""
+        for position in positions:
+            self.held.pop(position, None)
+        if self._waiting or self._alone:
+            for position in self._waiting.keys() - self.held.keys():
+                del self._waiting[position]
+            self._alone &= self.held.keys()
+
+    def clear(self) -> None:
+        """Lets everything out of hand at once."""
+        self.held.clear()
+        self._readings.clear()
+        self._waiting.clear()
+        self._queues.clear()
+        self._ready.clear()
+        self._busy.clear()
+        self._alone.clear()

@@ -1,0 +1,673 @@
+"""The protocol of order="key" as a machine of small steps, one for each statement or transaction.
+
+A step sees what is committed at its moment, as a statement under READ COMMITTED does. A relay that is frozen is one
+whose steps are a long time in coming; that its lease runs out meanwhile is a step of its own, at any moment. So a
+relay may wake up anywhere, long after it was declared dead, and go on. It even dispatches then: that it looks at its
+clock before each dispatch does not help one that is frozen right after it looked.
+
+Time itself is left out: what waits for a due time may be due at any moment, and a look that finds nothing is no step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.protocol.explorer import Report, Step, explore
+from tests.protocol.world import (
+    NO_FAULTS,
+    PREPARED,
+    Faults,
+    Flaw,
+    Lane,
+    Reader,
+    Relay,
+    Row,
+    Slot,
+    State,
+    Transaction,
+    Writer,
+    listed,
+    names_of,
+    put,
+    waits,
+)
+
+Steps = Iterator[Step[State]]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """The protocol in a small world.
+
+    Args:
+        faults: What may go wrong, and how often.
+        keys: Which slot each position falls into.
+        writers: How many messages each transaction writes; together as many as there are keys.
+        relays: How many there are.
+        tries: Failures after which a message is given up.
+        limit: Messages in one read, and in one delivery.
+        on_failure: Whether what follows one that was given up goes on, or is parked behind it.
+        suspects: Whether what was claimed twice running by relays that died is tried alone.
+        prepares: Whether writers may prepare their commits.
+        strict: Also calls it disorder when a relay that was declared dead delivers what its heir has given up.
+        flaw: What is wrong with it.
+    """
+
+    faults: Faults = NO_FAULTS
+    keys: tuple[int, ...] = (0, 0)
+    writers: tuple[int, ...] = (1, 1)
+    relays: int = 2
+    tries: int = 2
+    limit: int = 3
+    on_failure: Literal["block", "park"] = "block"
+    suspects: bool = False
+    prepares: bool = False
+    strict: bool = False
+    flaw: Flaw | None = None
+
+    def check(self, limit: int = 5_000_000) -> Report[State]:
+        """Goes through everything that may happen in this world."""
+        return explore(self.start(), self.steps, broken=self.broken, is_end=self.is_end, limit=limit)
+
+    def start(self) -> State:
+        """Returns the beginning: the first relay owns all slots, which is no loss as the relays are all alike."""
+        slots = max(self.keys) + 1
+        others = [Relay(name, (Lane(),) * slots) for name in range(2, self.relays + 1)]
+        names = self.relays + self.faults.expiries + self.faults.crashes
+        return State(
+            writers=(Writer(),) * len(self.writers),
+            rows=(Row("free"),) * len(self.keys),
+            slots=(Slot(owner=1, epoch=1),) * slots,
+            relays=(Relay(1, (Lane(epoch=1),) * slots), *others),
+            left=self.faults,
+            named=self.relays,
+            living=sum(1 << name for name in range(1, self.relays + 1)),
+            claims=(0,) * (names + 1) if self.suspects else (),
+        )
+
+    # --- what must hold ----------------------------------------------------------------------------------
+
+    def broken(self, state: State) -> str:
+        """Names the promise that is broken."""
+        if any(row.place == "gone" and not state.was_delivered(n) for n, row in enumerate(state.rows, 1)):
+            return "lost"
+        if any(row.place == "dead" and not row.attempts for row in state.rows):
+            return "dead, and never tried"
+        return state.broken
+
+    def is_end(self, state: State) -> bool:
+        """Whether everything committed is delivered or dead, and nothing is held."""
+        return (
+            all(
+                row.place in {"gone", "dead", "lost"}
+                or (row.place == "parked" and state.rows[row.holder - 1].place == "dead")
+                for row in state.rows
+            )
+            and not any(relay.in_hand() for relay in state.relays)
+            and not state.late
+        )
+
+    def _verdict(self, state: State, position: int) -> str:
+        """Judges a delivery."""
+        row, key = state.rows[position - 1], self.keys[position - 1]
+        if row.place in {"taken", "lost"}:
+            return "delivered, though it did not commit"
+        if state.was_delivered(position):
+            return "" if self._is_faulty(state) else "delivered again without a reason"
+        higher = range(position + 1, len(state.rows) + 1)
+        is_early = any(state.was_delivered(n) and self.keys[n - 1] == key for n in higher)
+        return "out of order" if is_early and (self.strict or row.place != "dead") else ""
+
+    def _is_faulty(self, state: State) -> bool:
+        """Whether anything has happened yet that may leave a delivery unsettled."""
+        left, most = state.left, self.faults
+        return (left.expiries, left.crashes, left.unanswered) != (most.expiries, most.crashes, most.unanswered)
+
+    # --- what may happen ---------------------------------------------------------------------------------
+
+    def steps(self, state: State) -> Steps:
+        """Goes through what may happen next."""
+        for number in range(len(state.writers)):
+            yield from self._write(state, number)
+        for name in range(1, state.named + 1):
+            yield from self._bury(state, name)
+        if state.late:
+            who, ended = f"the late commit of relay {state.late.name}", state._replace(late=None)
+            yield Step(f"{who} comes", self._commit(ended, state.late))
+            yield Step(f"{who} never comes", ended)
+        if state.left.redrives:
+            yield from self._redrive(state)
+        for number, relay in enumerate(state.relays):
+            yield from self._relay(state, number, relay)
+
+    # --- writers -----------------------------------------------------------------------------------------
+
+    def _write(self, state: State, number: int) -> Steps:
+        writer, who = state.writers[number], f"writer {'AB'[number]}"
+        if writer.phase == "before":
+            yield Step(f"{who} takes the lock", _with_writer(state, number, writer._replace(phase="open")))
+        elif writer.phase == "open" and writer.written < self.writers[number]:
+            yield from self._insert(state, number)
+        elif writer.phase in {"open", "prepared"}:
+            yield from self._end(state, number)
+        elif writer.phase == "visible":
+            # Only after everybody can see it: ProcArrayEndTransaction comes before the locks are released.
+            yield Step(f"{who} lets go of the lock", _with_writer(state, number, writer._replace(phase="ended")))
+
+    def _insert(self, state: State, number: int) -> Steps:
+        """Gives out the next position; a transaction may have had its xid long before, by other work."""
+        writer, who, position = state.writers[number], f"writer {'AB'[number]}", state.last_position() + 1
+        if self.flaw is Flaw.XID_HORIZON and not writer.xid:
+            writer = writer._replace(xid=1 + max(other.xid for other in state.writers))
+            yield Step(f"{who} gets xid {writer.xid}", _with_writer(state, number, writer))
+        rows = put(state.rows, position - 1, Row("taken", number))
+        written = _with_writer(state, number, writer._replace(written=writer.written + 1))
+        yield Step(f"{who} takes position {position}", written._replace(rows=rows))
+
+    def _end(self, state: State, number: int) -> Steps:
+        writer, who = state.writers[number], f"writer {'AB'[number]}"
+
+        def ended(row: Row) -> tuple[Row, ...]:
+            return tuple(row if old.place == "taken" and old.holder == number else old for old in state.rows)
+
+        # Who wrote it matters only to a reader that compares xids.
+        visible = ended(Row("pending", number if self.flaw is Flaw.XID_HORIZON else 0))
+        committed = _with_writer(state, number, writer._replace(phase="visible"))
+        yield Step(f"{who} commits", committed._replace(rows=visible))
+        if state.left.rollbacks:
+            lost = _with_writer(state, number, writer._replace(phase="ended"))
+            lost = lost._replace(rows=ended(Row("lost")), left=state.spend("rollbacks"))
+            yield Step(f"{who} rolls back", lost, is_fault=True)
+        if self.prepares and writer.phase == "open":
+            yield Step(f"{who} prepares its commit", _with_writer(state, number, writer._replace(phase="prepared")))
+
+    # --- what becomes of relays --------------------------------------------------------------------------
+
+    def _bury(self, state: State, name: int) -> Steps:
+        """Somebody declares a relay dead, it does not matter who: its lease has run out, rightly or not.
+
+        Deleting its row waits for every transaction that has locked it FOR KEY SHARE, so a late commit goes first.
+        One that lives and owns nothing would just take another name: that is left out.
+        """
+        if not state.lives(name) or state.is_committing(name):
+            return
+        if state.crashed >> name & 1:
+            yield Step(f"relay {name} is declared dead", self._buried(state, name))
+        elif state.left.expiries and _owns(state, name):
+            buried = self._buried(state, name)._replace(left=state.spend("expiries"))
+            yield Step(f"relay {name} is frozen for long and declared dead", buried, is_fault=True)
+
+    def _buried(self, state: State, name: int) -> State:
+        rows, slots = list(state.rows), list(state.slots)
+        if self.flaw is not Flaw.BURY_KEEPS_WAITING:
+            rows = [row._replace(holder=0) if waits(row) and row.holder == name else row for row in rows]
+        for number, slot in enumerate(slots):
+            if slot.owner == name:
+                claimed = self._claimed(state, name, number)
+                for position in claimed:
+                    if position <= slot.suspect_upto:
+                        rows[position - 1] = Row("waiting", 0, rows[position - 1].attempts)
+                slots[number] = slot._replace(owner=0, suspect_upto=max(claimed, default=0))
+        living, crashed = state.living & ~(1 << name), state.crashed & ~(1 << name)
+        claims = put(state.claims, name, 0) if state.claims else ()
+        return state._replace(rows=tuple(rows), slots=tuple(slots), living=living, crashed=crashed, claims=claims)
+
+    def _claimed(self, state: State, name: int, slot: int) -> list[int]:
+        """Returns what a relay has claimed of the fresh messages of a slot, and not settled; if anybody asks."""
+        if not state.claims:
+            return []
+        fresh = [position for position, row in self._of(state, slot) if row.place == "pending"]
+        return [position for position in fresh if state.claims[name] >> position & 1]
+
+    def _redrive(self, state: State) -> Steps:
+        """An operator tries a dead letter once more: those that are parked behind it come along."""
+        for head, letter in enumerate(state.rows, 1):
+            if letter.place == "dead":
+                rows = [
+                    Row("behind") if n == head or (row.place == "parked" and row.holder == head) else row
+                    for n, row in enumerate(state.rows, 1)
+                ]
+                redriven = state._replace(rows=tuple(rows), left=state.spend("redrives"))
+                yield Step(f"somebody redrives {head}", redriven, is_fault=True)
+
+    # --- a relay -----------------------------------------------------------------------------------------
+
+    def _relay(self, state: State, number: int, relay: Relay) -> Steps:
+        yield from self._end_of_relay(state, number, relay)
+        alive = state.lives(relay.name)
+        if relay.adrift and alive and (self.flaw is Flaw.REREAD_AT_ONCE or not state.is_committing(relay.name)):
+            yield Step(f"relay {relay.name} rereads what it owns", self._reread(state, number))
+        # A dead one's reads reach nobody: they end at the claim, which finds no row.
+        if not relay.adrift and (alive or self.flaw is Flaw.UNFENCED_CLAIM) and any(lane.epoch for lane in relay.lanes):
+            yield from self._read(state, number, relay)
+        for slot in range(len(relay.lanes)):
+            yield from self._lane(state, number, slot)
+
+    def _end_of_relay(self, state: State, number: int, relay: Relay) -> Steps:
+        """It is killed and comes back, or finds that it was declared dead: no memory, and a new name.
+
+        Whatever a dead one tries in the database ends in the same way, so its other steps there are left out. One that
+        is killed and owns nothing leaves nothing behind: that is left out.
+        """
+        name = state.named + 1
+        fresh = state.with_relay(number, Relay(name, (Lane(),) * len(state.slots)))
+        fresh = fresh._replace(named=name, living=state.living | 1 << name)
+        if not state.lives(relay.name):
+            yield Step(f"relay {relay.name} finds that it was declared dead, and takes the name {name}", fresh)
+        elif state.left.crashes and _owns(state, relay.name):
+            killed = fresh._replace(left=state.spend("crashes"), crashed=state.crashed | 1 << relay.name)
+            yield Step(f"relay {relay.name} is killed, and comes back as {name}", killed, is_fault=True)
+
+    def _reread(self, state: State, number: int) -> State:
+        """Asks the tables for everything but what it has in hand.
+
+        It locks its own row for itself first, and so waits for any transaction of its that may still commit.
+        """
+        relay, rows = state.relays[number], state.rows
+        in_hand = relay.in_hand()
+        if self.flaw is not Flaw.REREAD_KEEPS:
+            rows = tuple(
+                row._replace(holder=0) if waits(row) and row.holder == relay.name and n not in in_hand else row
+                for n, row in enumerate(rows, 1)
+            )
+        lanes = tuple(
+            self._relearned(state, n, lane)._replace(epoch=slot.epoch) if slot.owner == relay.name else Lane()
+            for n, (slot, lane) in enumerate(zip(state.slots, relay.lanes, strict=True))
+        )
+        reread = state.with_relay(number, Relay(relay.name, lanes, bound=relay.bound))
+        claims = put(state.claims, relay.name, sum(1 << n for n in in_hand)) if state.claims else ()
+        return reread._replace(rows=rows, claims=claims)
+
+    def _relearned(self, state: State, slot: int, lane: Lane) -> Lane:
+        """Finds out what is blocked and parked, also by what is yet to be settled, which no table tells.
+
+        What is in hand does not block: fresh messages may be queued behind it, and none may go behind past those.
+        """
+        in_hand = () if self.flaw is Flaw.REREAD_BLOCKS else lane.in_hand()
+        blocked = any(waits(row) and n not in in_hand for n, row in self._of(state, slot))
+        parked = self._parked(state, slot)
+        if self.flaw is not Flaw.REREAD_TABLES_ONLY:
+            blocked |= lane.failed == "again" or (bool(lane.aside) and not lane.parked)
+            parked = parked or (lane.parked if lane.failed or lane.aside else 0)
+        return lane._replace(blocked=blocked, parked=parked)
+
+    def _is_blocked(self, state: State, slot: int) -> bool:
+        return any(waits(row) for _, row in self._of(state, slot))
+
+    def _parked(self, state: State, slot: int) -> int:
+        """Returns the dead letter that a lane is parked behind, also if it is one no more."""
+        if self.on_failure != "park":
+            return 0
+        heads = [n if row.place == "dead" else row.holder for n, row in self._of(state, slot) if _is_dead(row)]
+        return max(heads, default=0)
+
+    def _of(self, state: State, slot: int) -> Iterator[tuple[int, Row]]:
+        return ((n, row) for n, row in enumerate(state.rows, 1) if self.keys[n - 1] == slot)
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def _read(self, state: State, number: int, relay: Relay) -> Steps:
+        is_bound = self.flaw not in {Flaw.BARE_CURSOR, Flaw.XID_HORIZON}
+        if relay.reader.phase != "rows" and is_bound:
+            yield from self._raise_bound(state, number, relay)
+        if relay.reader.phase == "idle":
+            yield from self._select(state, number, relay, is_bound=is_bound)
+        elif relay.reader.phase == "rows":
+            yield from self._claim(state, number, relay)
+
+    def _raise_bound(self, state: State, number: int, relay: Relay) -> Steps:
+        """The last position, then who holds the lock; when those have let go, everything up to it can be seen."""
+        reader, last, writers = relay.reader, state.last_position(), state.writing()
+        who_writes, the_last = f"who holds the lock: {names_of(writers)}", f"the last position: {last}"
+        rest = self._still(reader.writers, writers)
+        if reader.phase == "idle" and last > relay.bound:
+            if self.flaw is Flaw.LOCKS_BEFORE_POSITION:
+                what, after = who_writes, relay._replace(reader=Reader("locks", writers=writers))
+            else:
+                what, after = the_last, relay._replace(reader=Reader("last", last))
+        elif reader.phase == "locks":
+            what, after = the_last, _bounded(relay, last, reader.writers)
+        elif reader.phase == "last":
+            what, after = who_writes, _bounded(relay, reader.last, writers)
+        elif reader.phase == "wait" and rest != reader.writers:
+            what, after = f"who still holds the lock: {names_of(rest)}", _bounded(relay, reader.last, rest)
+        else:
+            return
+        yield Step(f"relay {relay.name} reads {what}", state.with_relay(number, after))
+
+    def _still(self, waited_for: int, writers: int) -> int:
+        """A prepared transaction that appears when a regular one vanishes may be the same under another name."""
+        rest, regular = waited_for & writers, (1 << PREPARED) - 1
+        if waited_for & ~writers & regular and self.flaw is not Flaw.PREPARED_IGNORED:
+            rest |= writers & ~regular
+        return rest
+
+    def _select(self, state: State, number: int, relay: Relay, *, is_bound: bool) -> Steps:
+        """Finds what is pending beyond the cursor; without a bound the cursor moves to what was found last."""
+        limit = relay.bound if is_bound else len(state.rows)
+        beyond, in_hand = range(relay.cursor + 1, limit + 1), relay.in_hand()
+        found = [n for n in beyond if self._is_found(state, relay, n) and n not in in_hand]
+        rows = tuple(found[: self.limit])
+        if rows:
+            cursor = limit if is_bound and rows == tuple(found) else rows[-1]
+            reading = relay._replace(reader=Reader("rows", cursor, rows=rows))
+            yield Step(f"relay {relay.name} reads {listed(rows)}", state.with_relay(number, reading))
+        elif is_bound and beyond:
+            yield Step(f"relay {relay.name} reads nothing", state.with_relay(number, relay._replace(cursor=limit)))
+
+    def _is_found(self, state: State, relay: Relay, position: int) -> bool:
+        row, lane = state.rows[position - 1], relay.lanes[self.keys[position - 1]]
+        if row.place != "pending" or not lane.epoch or lane.draining:
+            return False
+        if self.flaw is not Flaw.XID_HORIZON:
+            return True
+        running = [writer.xid for writer in state.writers if writer.phase == "open" and writer.xid]
+        return state.writers[row.holder].xid < min(running, default=len(state.writers) + 1)
+
+    def _claim(self, state: State, number: int, relay: Relay) -> Steps:
+        """Notes the claim; what belongs to blocked and parked lanes is put aside instead of into a queue."""
+        reader, lanes = relay.reader, list(relay.lanes)
+        for position in reader.rows:
+            lane = lanes[self.keys[position - 1]]
+            if lane.blocked or lane.parked:
+                lane = lane._replace(aside=(*lane.aside, position))
+            elif lane.epoch:
+                lane = lane._replace(queue=(*lane.queue, position))
+            if not lane.draining:
+                lanes[self.keys[position - 1]] = lane
+        after = relay._replace(lanes=tuple(lanes), reader=Reader(), cursor=reader.last)
+        commit = Transaction("claim", relay.name, rows=reader.rows)
+        yield from self._transact(state, number, commit, after, f"claims {listed(reader.rows)}")
+
+    # --- a lane ------------------------------------------------------------------------------------------
+
+    def _lane(self, state: State, number: int, slot: int) -> Steps:
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        if lane.epoch:
+            yield from self._deliver(state, number, slot)
+        if relay.adrift:
+            return
+        if not lane.epoch:
+            yield from self._gain(state, number, slot)
+        elif not lane.draining:
+            yield from self._unpark(state, number, slot)
+            yield from self._take(state, number, slot)
+            yield from self._unblock(state, number, slot)
+        yield from self._hand_over(state, number, slot)
+
+    def _gain(self, state: State, number: int, slot: int) -> Steps:
+        """Takes a free slot, and reads in the same transaction which of its lanes are blocked and parked.
+
+        No relay changes that before its own gain, so one step does for all its statements. Somebody's gain that may
+        still commit has the slot locked, and others pass it over.
+        """
+        relay = state.relays[number]
+        is_reading = relay.reader.phase == "rows" and self.flaw is not Flaw.GAIN_DURING_READ
+        is_locked = state.late is not None and (state.late.kind, state.late.slot) == ("gain", slot)
+        if state.slots[slot].owner or is_reading or is_locked:
+            return
+        blocked = self._is_blocked(state, slot) and self.flaw is not Flaw.GAIN_WITHOUT_BLOCKED
+        lane = Lane(state.slots[slot].epoch + 1, blocked=blocked, parked=self._parked(state, slot))
+        cursor = relay.cursor if self.flaw is Flaw.GAIN_WITHOUT_REWIND else 0
+        after = relay._replace(lanes=put(relay.lanes, slot, lane), cursor=cursor)
+        yield from self._transact(state, number, Transaction("gain", relay.name, slot), after, f"gains slot {slot}")
+
+    def _deliver(self, state: State, number: int, slot: int) -> Steps:
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        # What is settled again waits for the locks that the first time still has on the rows.
+        is_locked = state.is_committing(relay.name) and state.late is not None and state.late.kind in _SETTLING
+        if lane.accepted < len(lane.flight) and not lane.failed:
+            yield from self._dispatch(state, number, slot, lane)
+        elif lane.flight and not is_locked:
+            yield from self._settle(state, number, slot)
+        elif lane.queue and not lane.flight and not lane.draining:
+            flight, queue = lane.queue[: self.limit], lane.queue[self.limit :]
+            yield from self._dispatch(state, number, slot, lane._replace(flight=flight, queue=queue))
+        if lane.aside and not is_locked:
+            yield from self._move_behind(state, number, slot)
+
+    def _dispatch(self, state: State, number: int, slot: int, lane: Lane) -> Steps:
+        """The destination takes the next one of a batch, or refuses it and does not look at the rest."""
+        relay, position = state.relays[number], lane.flight[lane.accepted]
+        took = state.with_lane(number, slot, lane._replace(accepted=lane.accepted + 1))
+        took = took._replace(broken=self._verdict(state, position), delivered=state.delivered | 1 << position)
+        yield Step(f"relay {relay.name} delivers {position}", took)
+        if state.left.failures:
+            failed = state.with_lane(number, slot, self._refused(state, lane, position))
+            failed = failed._replace(left=state.spend("failures"))
+            yield Step(f"relay {relay.name} fails to deliver {position}", failed, is_fault=True)
+
+    def _refused(self, state: State, lane: Lane, position: int) -> Lane:
+        """Blocks or parks the lane at once: what is read from now on finds it so."""
+        queue = () if lane.draining else lane.flight[lane.accepted + 1 :] + lane.queue
+        lane = lane._replace(flight=lane.flight[: lane.accepted + 1])
+        if state.rows[position - 1].attempts + 1 < self.tries:
+            blocked = lane.blocked or self.flaw is not Flaw.BLOCK_AFTER_SETTLE
+            lane = lane._replace(failed="again", blocked=blocked)
+        elif self.on_failure == "park":
+            lane = lane._replace(failed="given up", parked=position)
+        else:
+            return lane._replace(failed="given up", queue=queue)
+        if self.flaw is Flaw.LEAVES_FOLLOWERS:
+            return lane._replace(queue=queue)
+        return lane._replace(queue=(), followers=queue)
+
+    def _settle(self, state: State, number: int, slot: int) -> Steps:
+        """One transaction of several statements, and one step.
+
+        It holds its own row in outbox_relays FOR KEY SHARE from before it compares the slots until its commit, and
+        who takes a slot away, bury or release, has to lock that row first. What it moves is in nobody else's hands.
+        """
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        delivered, failed = lane.flight[: lane.accepted], lane.flight[lane.accepted] if lane.failed else 0
+        again = lane.failed == "again"
+        rest = lane._replace(flight=(), accepted=0, failed="", followers=(), blocked=lane.blocked or again)
+        if self.flaw is Flaw.UNBLOCK_AFTER_HEAD and not failed:
+            rest = rest._replace(blocked=False)
+        after = relay._replace(lanes=put(relay.lanes, slot, rest))
+        head = failed if failed and lane.parked == failed else 0
+        commit = Transaction("settle", relay.name, slot, lane.epoch, delivered, failed, again, lane.followers, head)
+        what = f"settles: {listed(delivered)} delivered" + (f", {failed} {lane.failed}" if failed else "")
+        what += f", {listed(lane.followers)} behind" if lane.followers else ""
+        yield from self._transact(state, number, commit, after, what)
+
+    def _move_behind(self, state: State, number: int, slot: int) -> Steps:
+        """What was read of a blocked lane joins those that wait: never before the one it waits for.
+
+        Else the relay may die in between, and leave the followers waiting while their head is a fresh message.
+        """
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        if lane.failed and self.flaw is not Flaw.MOVE_BEFORE_HEAD:
+            return
+        after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(aside=())))
+        commit = Transaction("behind", relay.name, slot, lane.epoch, followers=lane.aside, head=lane.parked)
+        yield from self._transact(state, number, commit, after, f"moves {listed(lane.aside)} behind")
+
+    def _take(self, state: State, number: int, slot: int) -> Steps:
+        """Claims the first of a lane alone if it failed or is a suspect, else as many as follow up to the next such."""
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        waiting = [(n, row) for n, row in self._of(state, slot) if waits(row)]
+        if self.flaw is Flaw.DUE_BY_TIME:
+            waiting.sort(key=lambda one: (one[1].place == "behind", one[0] if one[1].place == "behind" else -one[0]))
+        # Of a parked lane, what was redriven waits for the rest, which is still to be unparked.
+        is_ready = lane.blocked and not lane.parked
+        if self.flaw is Flaw.TAKE_WHILE_PARKED:
+            is_ready = lane.blocked or bool(lane.parked)
+        # What is moved behind once more, after an unanswered COMMIT, must not be in hand as a waiting message by then.
+        is_moving = lane.aside and self.flaw is not Flaw.TAKE_BEFORE_SETTLED
+        if not is_ready or is_moving or lane.flight or lane.queue or not waiting or waiting[0][1].holder:
+            return
+        count = 1
+        if waiting[0][1].place == "behind":
+            count = next(
+                (n for n, (_, row) in enumerate(waiting) if row != Row("behind", 0, row.attempts)), len(waiting)
+            )
+        rows = tuple(position for position, _ in waiting[:count][: self.limit])
+        after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(queue=rows, blocked=True)))
+        commit = Transaction("take", relay.name, slot, lane.epoch, rows)
+        yield from self._transact(state, number, commit, after, f"claims {listed(rows)}, which waited")
+
+    def _unblock(self, state: State, number: int, slot: int) -> Steps:
+        """Nothing is left but what is in hand, and nothing is on its way there: a failure, or what was read.
+
+        A failure between the answer of the database and what is made of it has to take that back: one step, therefore.
+        """
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        is_moving = lane.failed == "again" or (lane.aside and self.flaw is not Flaw.UNBLOCK_DURING_MOVE)
+        left = any(waits(row) and not row.holder for _, row in self._of(state, slot))
+        if lane.blocked and not left and not is_moving:
+            if self.flaw is Flaw.UNBLOCK_LATE and not lane.emptied:
+                what = f"relay {relay.name} finds nothing left that waits"
+                yield Step(what, state.with_lane(number, slot, lane._replace(emptied=True)))
+            else:
+                what = f"relay {relay.name} finds nothing left that waits, unblocks the lane"
+                yield Step(what, state.with_lane(number, slot, lane._replace(blocked=False)))
+        if lane.emptied:
+            what = f"relay {relay.name} unblocks the lane"
+            yield Step(what, state.with_lane(number, slot, lane._replace(blocked=False, emptied=False)))
+
+    def _unpark(self, state: State, number: int, slot: int) -> Steps:
+        """Has those wait again who were parked behind a dead letter that is one no more."""
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        is_moving = lane.failed or lane.aside
+        if lane.parked and state.rows[lane.parked - 1].place != "dead" and not is_moving:
+            after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(blocked=True, parked=0)))
+            commit = Transaction("unpark", relay.name, slot, lane.epoch, head=lane.parked)
+            yield from self._transact(state, number, commit, after, f"unparks what stands behind {lane.parked}")
+
+    def _hand_over(self, state: State, number: int, slot: int) -> Steps:
+        """Stops, drops what is queued, and gives the slot away when what is under way has been settled."""
+        relay = state.relays[number]
+        lane = relay.lanes[slot]
+        if lane.epoch and not lane.draining and state.left.handovers:
+            draining = state.with_lane(number, slot, lane._replace(draining=True, queue=(), aside=()))
+            what = f"relay {relay.name} is to hand over slot {slot}"
+            yield Step(what, draining._replace(left=state.spend("handovers")), is_fault=True)
+        is_busy = lane.flight and self.flaw is not Flaw.NO_DRAINING
+        if lane.draining and not is_busy and relay.reader.phase != "rows" and not state.is_committing(relay.name):
+            # Without draining the delivery goes on; its settling will find that the slot is another's.
+            rest = lane if lane.flight else Lane()
+            after = relay._replace(lanes=put(relay.lanes, slot, rest))
+            commit = Transaction("release", relay.name, slot, lane.epoch)
+            yield from self._transact(state, number, commit, after, f"gives slot {slot} away")
+
+    # --- transactions ------------------------------------------------------------------------------------
+
+    def _transact(self, state: State, number: int, commit: Transaction, after: Relay, what: str) -> Steps:
+        """A transaction that commits; or whose COMMIT is not answered, so that it may come now, later or never."""
+        what, alive = f"relay {commit.name} {what}", state.lives(commit.name)
+        if self._is_allowed(state, commit):
+            yield Step(what, self._commit(state, commit).with_relay(number, after))
+            if alive and state.left.unanswered and not state.late:
+                yield Step(
+                    f"{what}: no answer to the COMMIT", self._adrift(state, number, commit, after), is_fault=True
+                )
+        elif alive and commit.kind in _SETTLING:
+            stale = state.with_lane(number, commit.slot, Lane())
+            yield Step(f"relay {commit.name} settles nothing: slot {commit.slot} is another's", stale)
+
+    def _adrift(self, state: State, number: int, commit: Transaction, after: Relay) -> State:
+        """It holds what it held, settles again what it cannot know to be settled, and claims nothing meanwhile."""
+        relay = after if commit.kind == "release" else state.relays[number]
+        adrift = state.with_relay(number, relay._replace(reader=Reader(), adrift=True))
+        return adrift._replace(left=state.spend("unanswered"), late=commit)
+
+    def _is_allowed(self, state: State, commit: Transaction) -> bool:
+        """The fence: its own row is there, and to settle, the slot is its own in the same epoch."""
+        alive, (owner, epoch, _) = state.lives(commit.name), state.slots[commit.slot]
+        match commit.kind:
+            case "settle" | "behind":
+                return self.flaw is Flaw.UNFENCED_SETTLE or (alive and (owner, epoch) == (commit.name, commit.epoch))
+            case "release":
+                return alive and (owner, epoch) == (commit.name, commit.epoch)
+            case "claim":
+                return alive or self.flaw is Flaw.UNFENCED_CLAIM
+            case "take":
+                return alive or self.flaw is Flaw.UNFENCED_TAKE
+            case "gain" | "unpark":
+                return alive
+
+    def _commit(self, state: State, commit: Transaction) -> State:
+        slot, rows = state.slots[commit.slot], state.rows
+        match commit.kind:
+            case "gain":
+                gained = slot._replace(owner=commit.name, epoch=slot.epoch + 1)
+                return state._replace(slots=put(state.slots, commit.slot, gained))
+            case "release":
+                slots = put(state.slots, commit.slot, slot._replace(owner=0, suspect_upto=0))
+                return state._replace(slots=slots, rows=self._released(state, commit))
+            case "take":
+                rows = tuple(
+                    row._replace(holder=commit.name) if n in commit.rows else row for n, row in enumerate(rows, 1)
+                )
+                return state._replace(rows=rows)
+            case "unpark":
+                rows = tuple(Row("behind") if row[:2] == ("parked", commit.head) else row for row in rows)
+                return state._replace(rows=rows)
+            case "claim":
+                return state.with_claim(commit.name, commit.rows, claimed=True)
+            case "settle" | "behind":
+                return self._settled(state, commit)
+
+    def _released(self, state: State, commit: Transaction) -> tuple[Row, ...]:
+        if self.flaw is Flaw.RELEASE_KEEPS:
+            return state.rows
+        return tuple(
+            row._replace(holder=0) if waits(row) and row.holder == commit.name and key == commit.slot else row
+            for row, key in zip(state.rows, self.keys, strict=True)
+        )
+
+    def _settled(self, state: State, commit: Transaction) -> State:
+        """Deletes what was delivered, moves what failed; but only what is still where the relay got it from."""
+        rows, broken = list(state.rows), ""
+        moved = (*commit.rows, *([commit.failed] if commit.failed else []), *commit.followers)
+        for position in moved:
+            row = rows[position - 1]
+            if row.place == "pending" or (waits(row) and row.holder == commit.name):
+                rows[position - 1] = _outcome(row, position, commit)
+        if commit.head and commit.kind == "settle":
+            for position, row in self._of(state, commit.slot):
+                if waits(row) and not row.holder and position > commit.head:
+                    rows[position - 1] = Row("parked", commit.head, row.attempts)
+        is_dead = commit.failed and rows[commit.failed - 1].place == "dead"
+        if is_dead and state.was_delivered(commit.failed) and not self._is_faulty(state):
+            broken = "dead, though a living relay delivered it"
+        settled = state._replace(rows=tuple(rows), broken=broken)
+        return settled.with_claim(commit.name, moved, claimed=False)
+
+
+_SETTLING = {"settle", "behind"}
+
+
+def _outcome(row: Row, position: int, commit: Transaction) -> Row:
+    if position in commit.rows:
+        return Row("gone")
+    if position in commit.followers:
+        return Row("parked", commit.head, row.attempts) if commit.head else Row("behind", 0, row.attempts)
+    return Row("waiting" if commit.again else "dead", 0, row.attempts + 1)
+
+
+def _is_dead(row: Row) -> bool:
+    return row.place in {"dead", "parked"}
+
+
+def _owns(state: State, name: int) -> bool:
+    return any(slot.owner == name for slot in state.slots)
+
+
+def _with_writer(state: State, number: int, writer: Writer) -> State:
+    return state._replace(writers=put(state.writers, number, writer))
+
+
+def _bounded(relay: Relay, last: int, writers: int) -> Relay:
+    """Waits for writers; when there are none, everything up to the last position is there to be seen."""
+    if writers:
+        return relay._replace(reader=Reader("wait", last, writers))
+    return relay._replace(reader=Reader(), bound=last)
