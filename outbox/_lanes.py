@@ -10,6 +10,8 @@ from outbox._outbox import position_of
 
 _SMALLEST_WINDOW: Final = 200
 """Messages held at least, so that small batches are not read one by one."""
+_LANES_BEHIND: Final = 4
+"""How many times as many are held at most when lanes queue behind their own deliveries."""
 _WINDOW_BYTES: Final = 16 * 1024 * 1024
 """Bytes of bodies held at most, about: one message at least is held, however large it is."""
 
@@ -40,6 +42,7 @@ class Lanes:
         self.held: dict[int, Message] = {}
         """By position: queued, in delivery, or answered and not settled yet."""
         self._window = max(_SMALLEST_WINDOW, 4 * in_delivery)
+        self._limit = _LANES_BEHIND * self._window
         self._readings: list[Reading] = []
         # The bytes of each message that had been waiting.
         self._waiting: dict[int, int] = {}
@@ -51,12 +54,21 @@ class Lanes:
 
     @property
     def is_half_full(self) -> bool:
-        """Whether there is no need yet to read more."""
-        return len(self.held) > self._window // 2 or self._bytes > _WINDOW_BYTES // 2
+        """Whether there is no need yet to read more.
+
+        What is queued behind a delivery of its own lane does not count: one that takes long must not keep the others
+        from being read.
+        """
+        half, count = self._window // 2, len(self.held)
+        if self._bytes > _WINDOW_BYTES // 2 or count >= self._limit:
+            return True
+        if count <= half:
+            return False
+        return count - sum([len(queue) for lane, queue in self._queues.items() if lane in self._busy]) > half
 
     def room(self) -> Room:
         """Returns how many fresh messages may be read."""
-        return Room(min(self._window - len(self.held), self._window // 2), _WINDOW_BYTES - self._bytes)
+        return Room(min(self._limit - len(self.held), self._window // 2), _WINDOW_BYTES - self._bytes)
 
     def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""

@@ -201,6 +201,24 @@ async def test_one_batch_takes_many_messages_of_a_key(pool: asyncpg.Pool[Any], o
     assert [len(call) for call in destination.calls] == [50]
 
 
+async def test_a_delivery_that_takes_long_delays_only_its_own_keys(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
+    released, others = asyncio.Event(), Keys()
+
+    class Slow:
+        async def dispatch(self, *messages: Message) -> None:
+            if messages[0].key == "slow":
+                await released.wait()
+            await others.dispatch(*messages)
+
+    await write_keyed(pool, outbox, *(["slow"] * 400))  # more than is held otherwise
+    async with running(outbox, pool, Slow(), order="key", batch_size=10, concurrency=2):
+        await write_keyed(pool, outbox, *(f"key {number % 50}" for number in range(1_000)))
+        await others.has(1_000)
+        released.set()
+        await others.has(1_400)
+    assert others.is_in_order
+
+
 async def test_messages_without_a_key_are_free(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
     destination = Asking()
     await write_keyed(pool, outbox, None, None)
