@@ -88,9 +88,9 @@ class Lanes:
         return (message for position, message in self.held.items() if position not in self._waiting)
 
     @property
-    def readings(self) -> list[int]:
-        """The names of those readings of which something is in hand."""
-        return [reading.upto for reading in self._readings]
+    def readings(self) -> list[tuple[int, list[int]]]:
+        """The readings of which something is in hand: their names, and the positions that are."""
+        return [(reading.upto, list(reading.left)) for reading in self._readings]
 
     def hold_fresh(self, messages: Sequence[Message]) -> None:
         """Takes messages in hand, read together, without queueing them."""

@@ -60,6 +60,24 @@ class _Reading:
     """Heads of parked lanes that are dead letters no more."""
 
 
+@dataclass(slots=True)
+class _Gain:
+    """What a look at the slots came to, until its COMMIT makes it so."""
+
+    owner: UUID
+    doubt: int
+    slots: dict[int, int] = field(default_factory=dict)
+    lanes: "_Lanes | None" = None
+
+
+@dataclass(slots=True)
+class _Lanes:
+    """Lanes that have messages waiting and, by lane, the dead letters that park it."""
+
+    blocked: set[int]
+    parked: dict[int, set[int]]
+
+
 class Owning:
     """Owns slots, reads what falls into them up to the horizon, and keeps the messages of each lane in order.
 
@@ -118,20 +136,30 @@ class Owning:
         self._slots: dict[int, int] = {}
         self._leaving: dict[int, int] = {}
         self._released: list[int] = []
-        self._gained: dict[int, int] = {}
+        self._gained: _Gain | None = None
         self._cursor = self._read_upto = LOWEST
         self._blocked: set[int] = set()
         self._parked: dict[int, set[int]] = {}
         self._resuming: set[int] = set()
         self._reading: _Reading | None = None
         self._doubts = self._known = self._doubt_of_balance = 0
-        self._is_stale = False
+        self._is_stale = self._must_begin = False
         self._crash_suspect: int | None = None
         self._outcomes = Settlement(self._membership.owner)
         self._unsettled: list[Settlement] = []
         self._lanes.clear()
 
     # --- slots ------------------------------------------------------------------------------------------
+
+    def _this_one(self) -> UUID:
+        """Returns the name of this incarnation, having forgotten all of the former one.
+
+        A relay finds out in the middle of anything that it was taken for dead. So what is done with a connection asks
+        for the name once, at its beginning, and what it finds out counts for that name only.
+        """
+        if self._must_begin:
+            self._begin()
+        return self._membership.owner
 
     def balance_is_due(self) -> bool:
         """Says whether to look at who owns what."""
@@ -142,9 +170,10 @@ class Owning:
 
         Only the COMMIT makes it so, and then `balanced` is called, if it returned True.
         """
+        owner = self._this_one()
         if self._known != self._doubts:  # what the last one came to must be found out first
             return False
-        queries, owner = self._lane_queries, self._membership.owner
+        queries = self._lane_queries
         others = {row["owner"]: 0 for row in await connection.fetch(queries.living, owner)}
         free, mine = 0, 0
         for row in await connection.fetch(queries.slots):
@@ -158,10 +187,10 @@ class Owning:
         self._give_up(max(mine - most, min(mine - fewest, wanted)) - len(self._leaving))
         self._next_balance = monotonic() + self._balance_seconds
         if self._leaving:
-            return await self._release(connection)
+            return await self._release(connection, owner)
         # A delivery from before this relay was taken for dead may still be under way, and out of order with new ones.
-        if free and mine < most and not any(self._in_delivery[name] for name in self._in_delivery if name != owner):
-            return await self._gain(connection, most - mine)
+        if free and mine < most and not any(count for name, count in self._in_delivery.items() if name != owner):
+            return await self._gain(connection, owner, most - mine)
         return False
 
     def _give_up(self, count: int) -> None:
@@ -180,19 +209,21 @@ class Owning:
                 if self._crash_suspect in going:
                     self._crash_suspect = None
 
-    async def _release(self, connection: Connection) -> bool:
+    async def _release(self, connection: Connection, owner: UUID) -> bool:
         held = set(map(self._slot, self._lanes.held.values()))
-        self._released = [slot for slot in self._leaving if slot not in held]
-        if not self._released:
+        released = [slot for slot in self._leaving if slot not in held]
+        if not released:
             return False
-        for slot in self._released:  # before it is so: what is settled from here on has nothing to do with them
-            del self._slots[slot], self._leaving[slot]
-        self._forget_lanes(set(self._released))
-        self._doubts = self._doubt_of_balance = self._doubts + 1
+        for slot in released:  # before it is so: what is settled from here on has nothing to do with them
+            self._slots.pop(slot, None)
+            del self._leaving[slot]
+        self._forget_lanes(set(released))
+        self._doubts += 1
+        self._gained = _Gain(owner, self._doubts)
         await connection.execute(self._lane_queries.durable)
-        await self._membership.lock(connection)
-        await connection.execute(self._queries.let_go, self._membership.owner, self._lanes.waiting)
-        await connection.execute(self._lane_queries.release, self._membership.owner, self._released)
+        await connection.execute(self._queries.lock_relay, owner)
+        await connection.execute(self._queries.let_go, owner, self._lanes.waiting)
+        await connection.execute(self._lane_queries.release, owner, released)
         return True
 
     def _forget_lanes(self, slots: set[int]) -> None:
@@ -202,33 +233,41 @@ class Owning:
         for lane in theirs:
             self._parked.pop(lane, None)
 
-    async def _gain(self, connection: Connection, count: int) -> bool:
-        self._doubts = self._doubt_of_balance = self._doubts + 1
+    async def _gain(self, connection: Connection, owner: UUID, count: int) -> bool:
+        self._doubts += 1
+        self._gained = gain = _Gain(owner, self._doubts)
         await connection.execute(self._lane_queries.durable)
-        rows = await connection.fetch(self._lane_queries.gain, self._membership.owner, count)
-        self._gained = dict(rows)
-        if self._gained:
-            await self._learn_lanes(connection, self._gained)
+        gain.slots = dict(await connection.fetch(self._lane_queries.gain, owner, count))
+        if gain.slots:
+            gain.lanes = await self._learn_lanes(connection, gain.slots)
         return True
 
     def balanced(self) -> None:
         """Takes note of the slots that were handed over, or taken."""
-        gained, self._gained = self._gained, {}
-        self._known = self._doubt_of_balance
-        if gained:
-            self._slots |= gained
+        gain, self._gained = self._gained, None
+        if gain is None or self._must_begin:
+            return
+        self._known = gain.doubt
+        if gain.lanes:
+            self._slots |= gain.slots
+            self._note(gain.lanes)
             self._cursor = LOWEST
             self._next_due = 0.0
 
-    async def _learn_lanes(self, connection: Connection, slots: Iterable[int]) -> None:
+    async def _learn_lanes(self, connection: Connection, slots: Iterable[int]) -> _Lanes:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
         queries, mask = self._lane_queries, _mask(slots)
         await connection.execute(queries.relane, mask)
         await connection.execute(queries.wake_heads, mask)
-        rows = await connection.fetch(queries.blocked, mask)
-        self._blocked |= self._stopping({row["lane"] for row in rows})
+        lanes = _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask)}, {})
         for lane, head in await connection.fetch(queries.parked, mask):
-            self._parked.setdefault(lane, set()).add(head)
+            lanes.parked.setdefault(lane, set()).add(head)
+        return lanes
+
+    def _note(self, lanes: _Lanes) -> None:
+        self._blocked |= self._stopping(lanes.blocked)
+        for lane, heads in lanes.parked.items():
+            self._parked.setdefault(lane, set()).update(heads)
 
     def _slot(self, message: Message) -> int:
         return (position_of(message) if message._lane is None else message._lane) & (self._slot_count - 1)
@@ -238,7 +277,7 @@ class Owning:
     @property
     def is_half_full(self) -> bool:
         """Whether there is no need yet to read more."""
-        return self._lanes.is_half_full
+        return self._lanes.is_half_full and not self._must_begin
 
     @property
     def must_settle(self) -> bool:
@@ -260,6 +299,8 @@ class Owning:
         if self._parked and monotonic() >= self._next_departed:
             await self._unpark(connection, reading)
         if self._resuming or monotonic() >= self._next_due:
+            if self._slot_count == 1:  # nothing would be read behind a head that somebody has removed
+                self._resuming |= self._blocked
             started = monotonic()
             more = await self._claim_waiting(connection, reading, self._lanes.room_for_waiting())
             self._next_due = 0.0 if more else after(started, self._poll_interval)
@@ -273,22 +314,25 @@ class Owning:
             await self._claim_waiting(connection, reading, room)
 
     async def _start(self, connection: Connection) -> _Reading:
-        started = monotonic()
+        owner, started = self._this_one(), monotonic()
         if self._known != self._doubts or started >= self._next_start:
-            await self._recollect(connection)
+            await self._recollect(connection, owner)
             self._next_start = after(started, START_INTERVAL)
         self._doubts += 1
-        self._reading = _Reading(self._membership.owner, self._doubts, self._cursor)
+        self._reading = _Reading(owner, self._doubts, self._cursor)
         return self._reading
 
-    async def _recollect(self, connection: Connection) -> None:
-        """Asks the tables for everything that this relay should know of them."""
-        owner, queries = self._membership.owner, self._lane_queries
+    async def _recollect(self, connection: Connection, owner: UUID) -> None:
+        """Asks the tables for everything that this relay should know of them, and notes there what it holds."""
+        queries = self._lane_queries
         await self._membership.wait_for_own(connection)
         rows = await connection.fetch(queries.slots)
         self._slots = {row["slot"]: row["epoch"] for row in rows if row["owner"] == owner}
         self._leaving = {slot: epoch for slot, epoch in self._leaving.items() if slot in self._slots}
-        await connection.execute(queries.drop_claims_but, owner, self._lanes.readings)
+        notes = self._lanes.readings
+        await connection.execute(queries.drop_claims_but, owner, [upto for upto, _ in notes])
+        for upto, positions in notes:  # a server that crashed may have forgotten them
+            await connection.execute(queries.claim, upto, owner, positions)
         await connection.execute(self._queries.let_go, owner, self._lanes.waiting)
         await connection.execute(queries.hold_on, owner, self._lanes.waiting)
         self._horizon.reset()
@@ -296,7 +340,7 @@ class Owning:
         self._cursor = LOWEST
         self._next_due = 0.0
         self._blocked, self._parked = self._about_to_wait()
-        await self._learn_lanes(connection, self._slots)
+        self._note(await self._learn_lanes(connection, self._slots))
 
     def _stopping(self, lanes: set[int]) -> set[int]:
         """Returns which of these lanes, of which messages are waiting, have to wait for them.
@@ -410,7 +454,7 @@ class Owning:
     def claimed(self) -> bool:
         """Queues what was read, each message in its lane; returns whether it was anything."""
         reading, self._reading = self._reading, None
-        if reading is None or reading.owner != self._membership.owner:
+        if reading is None or self._must_begin:
             return False
         self._known = reading.doubt
         self._cursor = reading.cursor
@@ -425,7 +469,8 @@ class Owning:
             for lane in list(self._parked):
                 if self._parked[lane] & reading.departed:
                     self._parked[lane] -= reading.departed
-                    self._blocked.add(lane)  # by those that came back
+                    self._blocked.add(lane)  # by those that came back, if any did
+                    self._resuming.add(lane)
                     if not self._parked[lane]:
                         del self._parked[lane]
         # Unless something of it failed in the meantime, and is about to wait.
@@ -456,8 +501,9 @@ class Owning:
 
     def _queue_one(self, columns: Sequence[Any], *, alone: bool) -> int:
         message = Message._stored(self._codec, *columns)
-        self._lanes.hold_waiting(message, alone=alone)
-        self._lanes.queue([message])
+        if message.position not in self._lanes.held:  # as it may be when a server forgot that it was claimed
+            self._lanes.hold_waiting(message, alone=alone)
+            self._lanes.queue([message])
         return position_of(message)
 
     # --- delivering -------------------------------------------------------------------------------------
@@ -500,24 +546,25 @@ class Owning:
         for outcome in sorted(outcomes, key=lambda outcome: outcome.position):
             lane = self._lanes.held[outcome.position]._lane
             if lane is None or self._on_failure == "skip":
-                self._note(outcome)
+                self._fail(outcome)
             elif head := self._parks(lane, outcome.position):
-                self._note(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
+                self._fail(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
             elif isinstance(outcome, Buried):
                 self._bury(outcome, lane)
-            elif lane in heads:
-                self._note(replace(outcome, delay=None, lane=lane))
+            elif lane in heads:  # no attempt of its own: with a head before it, it could not but fail
+                attempts = self._lanes.held[outcome.position].attempts
+                self._fail(replace(outcome, delay=None, attempts=attempts, suspect=None, lane=lane))
             else:
                 heads.add(lane)
-                self._note(replace(outcome, lane=lane))
+                self._fail(replace(outcome, lane=lane))
                 self._block(lane)
 
     def _bury(self, outcome: Buried, lane: int) -> None:
         if self._on_failure != "park":
-            self._note(replace(outcome, lane=lane))
+            self._fail(replace(outcome, lane=lane))
             return
         head = outcome.position
-        self._note(replace(outcome, lane=lane, behind=head))
+        self._fail(replace(outcome, lane=lane, behind=head))
         self._parked.setdefault(lane, set()).add(head)
         self._outcomes.parked.append((lane, head))
         for message in self._lanes.pull(lane):
@@ -540,12 +587,12 @@ class Owning:
             attempts -= 1
             self._outcomes.crash_suspects += 1
         if head := self._parks(lane, position):
-            self._note(_parked(position, attempts, lane, head))
+            self._fail(_parked(position, attempts, lane, head))
         else:
             self._blocked.add(lane)
-            self._note(Postponed(position, None, attempts, suspect, lane=lane))
+            self._fail(Postponed(position, None, attempts, suspect, lane=lane))
 
-    def _note(self, outcome: Postponed | Buried) -> None:
+    def _fail(self, outcome: Postponed | Buried) -> None:
         outcomes = self._outcomes
         outcomes.messages += 1
         outcomes.set_aside.append(outcome.position)
@@ -580,9 +627,13 @@ class Owning:
         Only the COMMIT makes it so, and then `settled` is called.
         """
         owner, slots = settlement.owner, dict(self._slots)
+        if self._is_stale:
+            return
         epochs = [SLOTS["key"] * epoch + slot for slot, epoch in slots.items()]
-        if await connection.fetchval(self._lane_queries.owned, owner, epochs) < len(slots):
-            self._is_stale |= owner == self._membership.owner
+        # And one more, for being alive: a relay that owns nothing may be dead as well.
+        if await connection.fetchval(self._lane_queries.owned, owner, epochs) < len(slots) + 1:
+            self._is_stale = True
+        if self._is_stale:
             return
         if settlement.postponed or settlement.buried:
             # What is to come in order goes by where the head is. A crash of the server must not put it back.
@@ -594,7 +645,7 @@ class Owning:
 
     def settled(self, settlement: Settlement) -> bool:
         """Lets what was settled out of hand; returns whether others may be claimed in its place."""
-        if self._is_stale or settlement.owner != self._membership.owner:
+        if self._is_stale or settlement.owner != self._membership.owner:  # nothing was settled
             return False
         del self._unsettled[0]  # which it was
         answered: list[Postponed | Buried] = [*settlement.postponed, *settlement.buried]
@@ -614,8 +665,8 @@ class Owning:
         """Renews the lease; False when it was lost, and the relay has begun anew under another name."""
         if await self._membership.renew(connection) and not self._is_stale:
             return True
+        self._is_stale = self._must_begin = True
         self._membership.rename()
-        self._begin()
         await self._membership.register(connection)
         return False
 

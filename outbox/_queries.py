@@ -59,6 +59,7 @@ class Queries:
         names["outbox_text"] = _literal(names["outbox"])
         for index in ("waiting_due", "waiting_crash", "waiting_lane", "waiting_head", "dead_behind"):
             names[index] = _quoted(f"{table}_{index}")
+        names["claims_pkey"] = _quoted(f"{table}_claims_pkey")  # which PostgreSQL has chosen
         outbox, waiting, dead = names["outbox"], names["waiting"], names["dead"]
         relays, claims, slots, version = names["relays"], names["claims"], names["slots"], names["version"]
 
@@ -197,7 +198,7 @@ class Queries:
             WHERE owner = $1 AND due_at <= statement_timestamp() AND position <> ALL($2::bigint[])"""
 
         self.claim_due = self._claim_due("true")
-        self.claim_crash_suspect = self._claim_crash_suspect("true")
+        self.claim_crash_suspect = self._claim_crash_suspect("due_at <= statement_timestamp()")
 
         # Relays that keep no order may find what was left by those that did.
         self.free_lanes = f"""
@@ -356,7 +357,7 @@ class Queries:
             RETURNING {_HELD}"""
 
     def _claim_crash_suspect(self, mine: str) -> str:
-        """Returns the statement that claims one suspect of a crash, of those that are mine.
+        """Returns the statement that claims one suspect of a crash, of those that are mine and due.
 
         By an index of its own; the attempt is counted here, before the dispatch it may not survive.
         """
@@ -365,11 +366,12 @@ class Queries:
             WITH alive AS (SELECT FROM {self.names["relays"]} WHERE owner = $1 FOR KEY SHARE),
             due AS (
                 SELECT position FROM {waiting} AS first
-                WHERE suspect = 'crash' AND due_at <= statement_timestamp() AND owner IS NULL
-                    AND {mine} AND EXISTS (SELECT FROM alive)
+                WHERE suspect = 'crash' AND {mine} AND owner IS NULL AND EXISTS (SELECT FROM alive)
                 ORDER BY due_at, position LIMIT 1
                 FOR UPDATE SKIP LOCKED)
-            UPDATE {waiting} AS w SET owner = $1, attempts = attempts + 1 FROM due WHERE w.position = due.position
+            UPDATE {waiting} AS w
+            SET owner = $1, attempts = attempts + 1, due_at = LEAST(due_at, statement_timestamp())
+            FROM due WHERE w.position = due.position
             RETURNING {_HELD}, w.lane"""
 
     @staticmethod
@@ -453,11 +455,12 @@ class LaneQueries:
             UPDATE {slots} SET owner = NULL, epoch = epoch + 1 WHERE owner = $1 AND slot = ANY($2::smallint[])"""
 
         # How many of the slots that this relay believes to own it owns, each in its epoch; both in one number, for
-        # speed. Nobody can declare it dead, and it can hand over nothing, until the transaction that asks has ended.
+        # speed. And one more, if it lives. Nobody can declare it dead, and it can hand over nothing, until the
+        # transaction that asks has ended.
         self.owned = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE)
-            SELECT count(*) FROM {slots}
-            WHERE owner = $1 AND {SLOTS["key"]} * epoch + slot = ANY($2::bigint[]) AND EXISTS (SELECT FROM alive)"""
+            SELECT count(*) + (SELECT count(*) FROM alive) FROM {slots}
+            WHERE owner = $1 AND {SLOTS["key"]} * epoch + slot = ANY($2::bigint[])"""
 
         # A server that crashed may have forgotten that these are in this relay's hands.
         self.hold_on = f"""
@@ -493,13 +496,12 @@ class LaneQueries:
                 AND position NOT IN (SELECT unnest($4::bigint[]))
             ORDER BY position LIMIT $5"""
 
-        # Notes what is in a relay's hands, for the case of its death. One that was declared dead notes nothing. A note
-        # of the same name, left by nobody, would be about the same message, which is this relay's now.
+        # Notes what is in a relay's hands, for the case of its death. One that was declared dead notes nothing.
         self.claim = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE)
             INSERT INTO {claims} (upto, owner, positions)
             SELECT $1, $2, $3::bigint[] WHERE EXISTS (SELECT FROM alive)
-            ON CONFLICT (upto) DO UPDATE SET owner = EXCLUDED.owner, positions = EXCLUDED.positions
+            ON CONFLICT (upto, owner) DO UPDATE SET positions = EXCLUDED.positions
             RETURNING true"""
         self.drop_claims_but = f"DELETE FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
 
@@ -511,10 +513,10 @@ class LaneQueries:
         # --- waiting messages ---------------------------------------------------------------------------
 
         self.claim_due = queries._claim_due(f"lane IS NULL AND {mine('$6')}")
-        self.claim_crash_suspect = queries._claim_crash_suspect(
-            f"{mine('$2')} AND (lane IS NULL OR NOT EXISTS ("
-            f"SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))"
-        )
+        # The first of its lane, which has a due time or, when the one before it has just been delivered, not yet.
+        self.claim_crash_suspect = queries._claim_crash_suspect(f"""
+            {mine("$2")} AND (due_at <= statement_timestamp() OR due_at = 'infinity') AND (lane IS NULL OR NOT EXISTS (
+                SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))""")
 
         self.due_lanes = f"""
             SELECT lane FROM {waiting}

@@ -8,6 +8,7 @@ import anyio
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from outbox._errors import OutboxError
 from outbox._outbox import DRIVER_ERRORS, Connection, Pool
 
 _CLOSE_SECONDS: Final = 1.0
@@ -83,6 +84,8 @@ class Session:
 
 def is_transient(error: BaseException) -> bool:
     """Says whether trying again may help: the database went away, refused for now, or did not answer in time."""
+    if type(error) is OutboxError and error.__cause__:  # from a verb, which has the driver's error as its cause
+        return is_transient(error.__cause__)
     if isinstance(error, asyncpg.PostgresError):
         return not (error.sqlstate or "").startswith(_HOPELESS)
     return isinstance(error, (*DRIVER_ERRORS, TimeoutError))

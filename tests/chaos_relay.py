@@ -46,6 +46,7 @@ LEASE: Final = 2.0
 GRACE: Final = 4.0
 TIMEOUT: Final = 1.0
 BATCH: Final = 20
+CONCURRENCY: Final = 4
 POOL: Final = 3
 PATIENCE: Final = 30.0
 """How long an order waits for a writer: longer than any of them takes."""
@@ -186,6 +187,7 @@ async def _main(setup: Setup) -> None:
         pool,
         MoodyDestination(journal, random.Random(setup.seed), setup),
         batch_size=BATCH,
+        concurrency=CONCURRENCY,
         commit=CommitStrategy(setup.commit),
         order=setup.order,
         on_failure=setup.on_failure,

@@ -21,6 +21,7 @@ import asyncpg
 from outbox import Message, Outbox, Relay
 
 _SECONDS = {"lease", "grace", "dispatch_timeout"}
+_WORDS = {"order", "on_failure"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,19 @@ class _FileDestination:
 
 async def _main(dsn: str, schema: str, path: str, *options: str) -> None:
     settings = dict(option.split("=") for option in options)
-    arguments = {
-        name: timedelta(seconds=float(value)) if name in _SECONDS else int(value) for name, value in settings.items()
-    }
+    arguments = {name: _value(name, text) for name, text in settings.items()}
     async with asyncpg.create_pool(dsn, min_size=2, max_size=3) as pool:
         relay = Relay(Outbox(schema=schema), pool, _FileDestination(path), **arguments)  # type: ignore[arg-type]  # options from a command line
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: asyncio.ensure_future(relay.stop()))
         async with anyio.create_task_group() as group:
             await group.start(relay.run)
             print("ready", flush=True)
+
+
+def _value(name: str, text: str) -> timedelta | str | int:
+    if name in _SECONDS:
+        return timedelta(seconds=float(text))
+    return text if name in _WORDS else int(text)
 
 
 def deliveries(path: Path) -> list[Delivery]:
@@ -61,7 +66,7 @@ def deliveries(path: Path) -> list[Delivery]:
     return [Delivery(UUID(line[:36]), int(line[37:])) for line in lines]
 
 
-async def start_relay(dsn: str, schema: str, path: Path, **options: float) -> Process:
+async def start_relay(dsn: str, schema: str, path: Path, **options: float | str) -> Process:
     """Starts a relay process and returns when it claims."""
     arguments = [dsn, schema, str(path), *(f"{name}={value}" for name, value in options.items())]
     process = await asyncio.create_subprocess_exec(
@@ -82,7 +87,7 @@ async def stop_relay(process: Process, number: signal.Signals = signal.SIGTERM) 
 
 
 @asynccontextmanager
-async def relays(count: int, dsn: str, schema: str, path: Path, **options: float) -> AsyncIterator[list[Process]]:
+async def relays(count: int, dsn: str, schema: str, path: Path, **options: float | str) -> AsyncIterator[list[Process]]:
     """So many relay processes, for the length of the block."""
     processes: list[Process] = []
     try:

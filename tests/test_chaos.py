@@ -6,7 +6,7 @@ import pytest
 
 from tests.chaos import MODES, run
 
-_SECONDS = 4.5
+_SECONDS = 3.0
 # One of each order, and each way to commit; with "park" a key is blocked as well, before it is parked.
 _SHORT = ["none-mark", "key-park-delete", "total-block-mark"]
 
@@ -21,4 +21,4 @@ async def test_a_short_storm_of_faults_breaks_no_promise(mode: str, tmp_path: Pa
     report = await run(mode, "a short storm", _SECONDS, tmp_path)
     assert not report.broken, f"{report}\nthe history and the log of the relays: {tmp_path}"
     assert len(report.history.deliveries) > 500
-    assert report.verdict.explained, "faults that repeat nothing prove nothing"
+    assert len(report.injected) > 10, "faults that do not happen prove nothing"

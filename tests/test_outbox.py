@@ -623,6 +623,15 @@ A_RELAY = [
 A_RELAY_THAT_MARKS = [*A_RELAY, "INSERT ON {schema}.outbox"]
 
 
+# It parks, and lets go on; and what it notes of what is in its hands may stand there already.
+A_RELAY_IN_ORDER = [
+    *A_RELAY,
+    "UPDATE ON {schema}.outbox_claims",
+    "SELECT ON {schema}.outbox_dead",
+    "DELETE ON {schema}.outbox_dead",
+]
+
+
 class Role:
     """A role without any right but those it is granted."""
 
@@ -648,6 +657,25 @@ class Role:
                 await OutboxDispatcher(restricted, self.outbox).dispatch(*messages)
         finally:
             await restricted.close()
+
+    async def park(self) -> None:
+        """Delivers in order, parks a key, and lets it go on when its head has been discarded."""
+        rejected, *_ = messages = [Message(text, topic="t", key="a") for text in ("rejected", "one", "two")]
+        await self.outbox.persist(self.connection, *messages)
+        destination = Destination("one", "two")
+        async with asyncpg.create_pool(self.dsn, min_size=0, max_size=2) as pool:
+            relay = Relay(self.outbox, pool, destination, order="key", on_failure="park", batch_size=1)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(relay.run())
+                await self._until_dead(len(messages))
+                await self.outbox.discard(self.connection, [rejected.id])
+                await destination.complete.wait()
+                await relay.stop()
+        assert (await self.outbox.counts(self.connection)).dead == 0
+
+    async def _until_dead(self, count: int) -> None:
+        while (await self.outbox.counts(self.connection)).dead < count:  # noqa: ASYNC110 -- a row, no event
+            await asyncio.sleep(0.01)
 
     async def relay(self, commit: CommitStrategy) -> None:
         """Delivers, retries, buries, and takes over from a relay that died."""
@@ -715,6 +743,19 @@ COMMITS = [(A_RELAY, CommitStrategy.DELETE), (A_RELAY_THAT_MARKS, CommitStrategy
 async def test_a_relay_needs_no_more_than_these_rights(grants: list[str], commit: CommitStrategy, role: Role) -> None:
     async with role.granted(grants):
         await role.relay(commit)
+
+
+async def test_a_relay_that_keeps_an_order_needs_no_more_than_these_rights(role: Role) -> None:
+    async with role.granted(A_RELAY_IN_ORDER):
+        await role.park()
+
+
+@pytest.mark.parametrize("without", A_RELAY_IN_ORDER[len(A_RELAY) :])
+async def test_a_relay_that_keeps_an_order_does_not_get_by_without_one_of_them(without: str, role: Role) -> None:
+    async with role.granted(A_RELAY_IN_ORDER, without=without):
+        with pytest.raises(ExceptionGroup) as caught:
+            await role.park()
+    assert caught.group_contains(OutboxError, match="permission denied")
 
 
 EACH_GRANT = [

@@ -17,7 +17,16 @@ import anyio
 import asyncpg
 import pytest
 
-from outbox import DestinationUnavailableError, LinearBackOff, Message, NoWaiting, Outbox, Relay, RelayFenced
+from outbox import (
+    DatabaseLost,
+    DestinationUnavailableError,
+    LinearBackOff,
+    Message,
+    NoWaiting,
+    Outbox,
+    Relay,
+    RelayFenced,
+)
 from outbox.embedded import Server
 from tests.conftest import StartServer
 from tests.faults import FaultProxy
@@ -244,6 +253,28 @@ async def test_a_relay_taken_for_dead_while_it_waits_for_its_destination_does_no
     finally:
         pool.terminate()
     assert message.id not in late
+
+
+async def test_a_connection_that_is_lost_while_the_relay_starts_does_not_end_it(dsn: str, outbox: Outbox) -> None:
+    lost, destination, struck = asyncio.Event(), Recorder(), iter([True])
+
+    class Dying(asyncpg.Connection):
+        async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
+            if next(struck, False):
+                self.terminate()
+            return await super().fetchval(query, *args, **options)
+
+    hooks = [lambda event: lost.set() if isinstance(event, DatabaseLost) else None]
+    async with asyncpg.create_pool(dsn, min_size=0, max_size=3, connection_class=Dying) as pool:
+        relay = Relay(outbox, pool, destination, hooks=hooks)
+        async with anyio.create_task_group() as group:
+            await group.start(relay.run)
+            assert lost.is_set()
+            message = Message("x", topic="t")
+            async with pool.acquire() as connection:
+                await outbox.persist(connection, message)
+            await destination.all_of({message.id})
+            await relay.stop()
 
 
 async def test_a_settling_whose_commit_got_no_answer_does_not_touch_the_next_claim(

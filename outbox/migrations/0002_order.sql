@@ -25,3 +25,7 @@ CREATE INDEX {waiting_head} ON {waiting} (due_at, position) WHERE lane IS NOT NU
 -- A dead letter that was parked stands behind the one that gave up, named by its position.
 ALTER TABLE {dead} ADD COLUMN lane bigint, ADD COLUMN behind bigint;
 CREATE INDEX {dead_behind} ON {dead} (behind) WHERE behind IS NOT NULL;
+
+-- Where an order is kept, a claim is a note of what is in a relay's hands. Two of them may end with the same message,
+-- when a slot has changed hands in the meantime.
+ALTER TABLE {claims} DROP CONSTRAINT {claims_pkey}, ADD PRIMARY KEY (upto, owner);

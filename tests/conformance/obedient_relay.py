@@ -1,6 +1,6 @@
 """A relay in a process of its own, whose destination does as it is told: `RelayProcess` starts one and tells it.
 
-python -m tests.conformance.obedient_relay DSN SCHEMA
+python -m tests.conformance.obedient_relay DSN SCHEMA ORDER
 
 Each call of the destination prints a line of JSON, `[[number, id], …]`, and reads a line: `accept`, or `exit` for
 `os._exit`, an end without an exception or any cleaning up.
@@ -16,12 +16,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
 
 from outbox import Message, NoWaiting, Outbox, Relay
+
+Order = Literal["none", "key", "total"]
 
 LEASE = timedelta(seconds=1)
 """How soon its death is noticed."""
@@ -37,9 +39,10 @@ class _Obedient:
             os._exit(1)
 
 
-async def _main(dsn: str, schema: str) -> None:
+async def _main(dsn: str, schema: str, order: Order) -> None:
+    settings: dict[str, Any] = {"concurrency": 1, "lease": LEASE, "backoff": BACKOFF, "order": order}
     async with asyncpg.create_pool(dsn, min_size=2, max_size=2) as pool:
-        await Relay(Outbox(schema=schema), pool, _Obedient(), concurrency=1, lease=LEASE, backoff=BACKOFF).run()
+        await Relay(Outbox(schema=schema), pool, _Obedient(), **settings).run()
 
 
 @dataclass
@@ -70,9 +73,9 @@ class RelayProcess:
 
 
 @asynccontextmanager
-async def relay_process(dsn: str, outbox: Outbox) -> AsyncIterator[RelayProcess]:
+async def relay_process(dsn: str, outbox: Outbox, order: Order = "none") -> AsyncIterator[RelayProcess]:
     """A relay process, killed at the end of the block at the latest."""
-    command = [sys.executable, "-m", "tests.conformance.obedient_relay", dsn, outbox.schema]
+    command = [sys.executable, "-m", "tests.conformance.obedient_relay", dsn, outbox.schema, order]
     root = Path(__file__).parent.parent.parent
     process = RelayProcess(await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, cwd=root))
     try:
@@ -82,4 +85,5 @@ async def relay_process(dsn: str, outbox: Outbox) -> AsyncIterator[RelayProcess]
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(*sys.argv[1:]))
+    dsn, schema, order = sys.argv[1:]
+    asyncio.run(_main(dsn, schema, order))  # type: ignore[arg-type]  # from a command line
