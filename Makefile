@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check format coverage bench docs test-matrix clean pgbouncer .venv
+.PHONY: help demo test chaos check format coverage bench bench-order docs test-matrix clean pgbouncer .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ coverage: .venv  ## Run the tests and show which lines they never reach
 
 bench: .venv  ## Measure it against the same work written by hand, as ratios; about a minute
 	@$(BIN)/python benchmarks/bench.py
+
+bench-order: .venv  ## Measure what an order costs, with 1, 2 and 4 relay processes; about four minutes
+	@$(BIN)/python benchmarks/order.py
 
 docs: .venv  ## Build the documentation into site/; a broken link is an error
 	@$(BIN)/zensical build --clean --strict

@@ -12,7 +12,7 @@ import anyio
 
 from outbox._backoff import BackOff
 from outbox._claims import Batch, Buried, Postponed, Suspect
-from outbox._dispatcher import Dispatcher
+from outbox._dispatcher import BEHIND, Dispatcher
 from outbox._errors import DestinationUnavailableError, OutboxError, PartialDispatchError, RejectedError, describe
 from outbox._message import Message
 from outbox._outbox import position_of
@@ -39,14 +39,17 @@ class Failure:
 
 
 async def deliver(
-    destination: Dispatcher, messages: Sequence[Message], upcast: Upcast | None, limit: timedelta
+    destination: Dispatcher, messages: Sequence[Message], upcast: Upcast | None, limit: timedelta, *, in_order: bool
 ) -> dict[int, Failure]:
-    """Dispatches the messages as one batch; returns the failures by position, and none means all were accepted."""
+    """Dispatches the messages as one batch; returns the failures by position, and none means all were accepted.
+
+    In order, those behind one that cannot be upcast are not dispatched.
+    """
     failures: dict[int, Failure] = {}
     outgoing = messages
     origin: list[tuple[UUID, int]] = []
     if upcast:
-        outgoing, origin, failures = _upcast(upcast, messages)
+        outgoing, origin, failures = _upcast(upcast, messages, in_order=in_order)
     if not outgoing:
         return failures
     try:
@@ -65,17 +68,23 @@ async def deliver(
 
 
 def _upcast(
-    upcast: Upcast, messages: Sequence[Message]
+    upcast: Upcast, messages: Sequence[Message], *, in_order: bool
 ) -> tuple[list[Message], list[tuple[UUID, int]], dict[int, Failure]]:
     outgoing: list[Message] = []
     origin: list[tuple[UUID, int]] = []
     failures: dict[int, Failure] = {}
+    failed: set[int | None] = set()
     for message in messages:
+        if message._lane in failed:
+            failures[position_of(message)] = Failure(OutboxError(BEHIND), shared=False)
+            continue
         try:
             made = list(upcast(message))
             names = [(one.id, position_of(message)) for one in made]
         except Exception as error:  # noqa: BLE001 -- a message that cannot be upcast fails by itself
             failures[position_of(message)] = Failure(error, shared=False)
+            if in_order and message._lane is not None:
+                failed.add(message._lane)
         else:
             outgoing += made
             origin += names

@@ -1,7 +1,7 @@
 """The seam of this library, `Dispatcher`, and the dispatchers that are no broker's."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, assert_never, runtime_checkable
 from uuid import UUID
 
 import asyncpg
@@ -9,6 +9,10 @@ import asyncpg
 from outbox._errors import DestinationUnavailableError, NotInTransactionError, OutboxError, PartialDispatchError
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox
+from outbox._queries import Ordering
+
+BEHIND: Final = "not tried, since one before it in its order failed"
+"""Why a message failed that was not tried."""
 
 Decorator = Callable[[Message], Message]
 """Makes a changed copy of a message before it is written: a default header, a trace context."""
@@ -148,15 +152,26 @@ class HandlerDispatcher:
 
     A message whose handling raises does not stop the others: all failures come together in one
     `PartialDispatchError`. `DestinationUnavailableError` does stop them: the rest would meet the same.
+
+    Args:
+        handle: Takes one message.
+        order: That of the relay. Those behind a failure, of its key or with "total" all, are then not handled, and
+            fail with it.
     """
 
-    def __init__(self, handle: Callable[[Message], Awaitable[object]]) -> None:
+    def __init__(self, handle: Callable[[Message], Awaitable[object]], *, order: Ordering = "none") -> None:
         self._handle = handle
+        self._order = order
 
     async def dispatch(self, *messages: Message) -> None:
         """Handles each message in turn."""
         failures: dict[UUID, BaseException] = {}
+        failed: set[object] = set()
         for index, message in enumerate(messages):
+            lane = self._lane(message)
+            if lane in failed:
+                failures[message.id] = OutboxError(BEHIND)
+                continue
             try:
                 await self._handle(message)
             except DestinationUnavailableError as error:
@@ -164,5 +179,18 @@ class HandlerDispatcher:
                 break
             except Exception as error:  # noqa: BLE001 -- whatever a handler raises is this message's failure
                 failures[message.id] = error
+                failed |= {lane} - {None}
         if failures:
             raise PartialDispatchError(failures)
+
+    def _lane(self, message: Message) -> object:
+        """Returns what stands still with a failure of this message; None is nothing."""
+        match self._order:
+            case "none":
+                return None
+            case "key":
+                return message.key
+            case "total":
+                return "all"
+            case _:
+                assert_never(self._order)

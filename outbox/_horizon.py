@@ -7,6 +7,9 @@ from typing import Final
 LOWEST: Final = -(2**63)
 """Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
 
+HIGHEST: Final = 2**63 - 1
+"""Above or at every position there can be."""
+
 _PREPARED: Final = "-1/"
 """How the virtual transaction of a prepared one begins: whoever prepares gives its locks to a new one."""
 _WARN_AFTER: Final = 1.0

@@ -22,7 +22,7 @@ from outbox._claims import (
     with_large_bodies,
 )
 from outbox._events import WriterLate
-from outbox._horizon import LOWEST, Horizon
+from outbox._horizon import HIGHEST, LOWEST, Horizon
 from outbox._lanes import Lanes
 from outbox._membership import Membership
 from outbox._message import Message
@@ -239,7 +239,7 @@ class Owning:
         await connection.execute(self._lane_queries.durable)
         gain.slots = dict(await connection.fetch(self._lane_queries.gain, owner, count))
         if gain.slots:
-            gain.lanes = await self._learn_lanes(connection, gain.slots)
+            gain.lanes = await self._learn_lanes(connection, owner, gain.slots)
         return True
 
     def balanced(self) -> None:
@@ -254,12 +254,12 @@ class Owning:
             self._cursor = LOWEST
             self._next_due = 0.0
 
-    async def _learn_lanes(self, connection: Connection, slots: Iterable[int]) -> _Lanes:
+    async def _learn_lanes(self, connection: Connection, owner: UUID, slots: Iterable[int]) -> _Lanes:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
         queries, mask = self._lane_queries, _mask(slots)
         await connection.execute(queries.relane, mask)
         await connection.execute(queries.wake_heads, mask)
-        lanes = _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask)}, {})
+        lanes = _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask, owner)}, {})
         for lane, head in await connection.fetch(queries.parked, mask):
             lanes.parked.setdefault(lane, set()).add(head)
         return lanes
@@ -340,7 +340,7 @@ class Owning:
         self._cursor = LOWEST
         self._next_due = 0.0
         self._blocked, self._parked = self._about_to_wait()
-        self._note(await self._learn_lanes(connection, self._slots))
+        self._note(await self._learn_lanes(connection, owner, self._slots))
 
     def _stopping(self, lanes: set[int]) -> set[int]:
         """Returns which of these lanes, of which messages are waiting, have to wait for them.
@@ -365,8 +365,7 @@ class Owning:
 
     async def _read(self, connection: Connection, reading: _Reading, room: Room) -> None:
         slots = self._slots.keys() - self._leaving.keys()
-        is_stuck = self._slot_count == 1 and self._blocked  # all are behind the one head
-        if room.messages < 1 or room.bytes < 1 or not slots or is_stuck:
+        if room.messages < 1 or room.bytes < 1 or not slots or self._is_stuck:
             return
         if self._cursor >= self._horizon.bound:
             await self._look_ahead(connection)
@@ -410,18 +409,37 @@ class Owning:
         if room.messages < 1 or room.bytes < 1 or not slots:
             return bool(slots)
         queries, mask, owner = self._lane_queries, _mask(slots), reading.owner
+        read_so_far = await self._read_so_far(connection, reading)
         reading.free, more = await self._due.claim(connection, owner, room, mask)
         room = Room(room.messages - len(reading.free), room.bytes)
         if room.messages:
             due = [row["lane"] for row in await connection.fetch(queries.due_lanes, mask, room.messages)]
             more |= len(due) == room.messages
             reading.found = set(due)
-            await self._claim_lanes(connection, reading, room)
+            await self._claim_lanes(connection, reading, room, read_so_far)
         if self._crash_suspect is None:
-            reading.suspect = await connection.fetchrow(queries.claim_crash_suspect, owner, mask)
+            reading.suspect = await connection.fetchrow(queries.claim_crash_suspect, owner, mask, read_so_far)
         return more
 
-    async def _claim_lanes(self, connection: Connection, reading: _Reading, room: Room) -> None:
+    async def _read_so_far(self, connection: Connection, reading: _Reading) -> int:
+        """Returns up to which position a lane may be claimed from: what is fresh below it was read, and fell in behind.
+
+        So whoever takes over a slot finds the lowest of a lane first, wherever it is.
+        """
+        if self._is_stuck:  # nothing is read, so nothing falls in
+            lowest = await connection.fetchval(self._queries.lowest_fresh, self._cursor, HIGHEST)
+            if lowest is None:
+                return HIGHEST
+            reading.cursor = lowest - 1
+            return reading.cursor
+        return HIGHEST if self._cursor >= self._horizon.bound > LOWEST else self._cursor
+
+    @property
+    def _is_stuck(self) -> bool:
+        """Whether all messages are behind one head."""
+        return self._slot_count == 1 and bool(self._blocked)
+
+    async def _claim_lanes(self, connection: Connection, reading: _Reading, room: Room, read_so_far: int) -> None:
         slots = self._slots.keys() - self._leaving.keys()
         self._resuming = {lane for lane in self._resuming if lane & (self._slot_count - 1) in slots}
         asked = list(self._resuming | reading.found)[: room.messages]
@@ -432,11 +450,13 @@ class Owning:
             await self._unpark(connection, reading)
         each = max(1, min(self._size, room.messages // len(asked)))
         rows = await connection.fetch(
-            self._lane_queries.claim_lanes, reading.owner, asked, each, max(1, room.bytes // len(asked))
+            self._lane_queries.claim_lanes, reading.owner, asked, each, max(1, room.bytes // len(asked)), read_so_far
         )
         reading.in_lanes = sorted(rows, key=lambda row: row["position"])
         left = {row["lane"] for row in await connection.fetch(self._lane_queries.lanes_left, reading.owner, asked)}
         reading.emptied = set(asked) - left
+        if read_so_far < HIGHEST:
+            self._resuming |= left - {row["lane"] for row in rows}
 
     async def _unpark(self, connection: Connection, reading: _Reading) -> None:
         """Has those go on who were parked behind a dead letter that is one no more."""

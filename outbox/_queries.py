@@ -462,10 +462,11 @@ class LaneQueries:
             SELECT count(*) + (SELECT count(*) FROM alive) FROM {slots}
             WHERE owner = $1 AND {SLOTS["key"]} * epoch + slot = ANY($2::bigint[])"""
 
-        # A server that crashed may have forgotten that these are in this relay's hands.
+        # A server that crashed may have forgotten that these are in this relay's hands. If it is dead they are not.
         self.hold_on = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE)
             UPDATE {waiting} SET owner = $1, due_at = LEAST(due_at, statement_timestamp())
-            WHERE position = ANY($2::bigint[]) AND owner IS NULL"""
+            WHERE position = ANY($2::bigint[]) AND owner IS NULL AND EXISTS (SELECT FROM alive)"""
 
         # Lanes of another order, or hashed by another server. No longer in order, they are all due.
         self.relane = f"""
@@ -480,7 +481,8 @@ class LaneQueries:
 
         # Not by what is in the relay's own hands: what was read after that is a fresh row, and would be overtaken.
         self.blocked = f"""
-            SELECT DISTINCT lane FROM {waiting} WHERE lane IS NOT NULL AND owner IS NULL AND {mine("$1")}"""
+            SELECT DISTINCT lane FROM {waiting}
+            WHERE lane IS NOT NULL AND owner IS DISTINCT FROM $2 AND {mine("$1")}"""
         self.parked = f"SELECT DISTINCT lane, behind FROM {dead} WHERE behind IS NOT NULL AND {mine('$1')}"
 
         # --- fresh messages -----------------------------------------------------------------------------
@@ -515,7 +517,9 @@ class LaneQueries:
         self.claim_due = queries._claim_due(f"lane IS NULL AND {mine('$6')}")
         # The first of its lane, which has a due time or, when the one before it has just been delivered, not yet.
         self.claim_crash_suspect = queries._claim_crash_suspect(f"""
-            {mine("$2")} AND (due_at <= statement_timestamp() OR due_at = 'infinity') AND (lane IS NULL OR NOT EXISTS (
+            {mine("$2")} AND position <= $3
+            AND (due_at <= statement_timestamp() OR due_at = 'infinity')
+            AND (lane IS NULL OR NOT EXISTS (
                 SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))""")
 
         self.due_lanes = f"""
@@ -524,8 +528,9 @@ class LaneQueries:
                 AND suspect IS DISTINCT FROM 'crash' AND {mine("$1")}
             ORDER BY due_at, position LIMIT $2"""
 
-        # The next of each lane, $3 at most and no more than reach $4 bytes together: the head alone if it is in
-        # trouble, else all up to the next that is. A lane whose head is in somebody's hands, or not due, gives none.
+        # The next of each lane, $3 at most, no more than reach $4 bytes together, and none beyond $5: the head alone
+        # if it is in trouble, else all up to the next that is. A lane whose head is in somebody's hands, or not due,
+        # gives none.
         self.claim_lanes = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE),
             next AS (
@@ -539,7 +544,8 @@ class LaneQueries:
                                 AND (due_at <= statement_timestamp() OR due_at = 'infinity') AS is_free
                         FROM {waiting} AS w WHERE w.lane = wanted.lane ORDER BY position LIMIT $3) AS first
                     WINDOW line AS (ORDER BY position ROWS UNBOUNDED PRECEDING)) AS lined_up
-                WHERE is_free AND (place = 1 OR troubles = 0) AND bytes < $4 AND EXISTS (SELECT FROM alive))
+                WHERE is_free AND (place = 1 OR troubles = 0) AND bytes < $4 AND position <= $5
+                    AND EXISTS (SELECT FROM alive))
             UPDATE {waiting} AS w SET owner = $1, due_at = statement_timestamp()
             FROM next WHERE w.position = next.position
             RETURNING {_HELD}, w.lane"""

@@ -386,7 +386,13 @@ class Worker:
             self._note_failures(batch, [(messages[0], OutboxError(CRASH), buried)])
             return ()
         try:
-            failures = await deliver(settings.destination, messages, settings.upcast, settings.dispatch_timeout)
+            failures = await deliver(
+                settings.destination,
+                messages,
+                settings.upcast,
+                settings.dispatch_timeout,
+                in_order=settings.on_failure != "skip",
+            )
         except BaseException:
             self._breaker.released()
             raise
@@ -411,12 +417,15 @@ class Worker:
         """Notes what became of those that failed, and returns those for which the destination was just down."""
         unavailable = []
         outcomes = []
+        waiting: set[int | None] = set()
         for message in messages:
             failure = failures.get(position_of(message))
             if failure is None:
                 continue
-            if is_unavailable(failure):
+            # What failed behind one that is tried again here is tried again here as well.
+            if is_unavailable(failure) or message._lane in waiting:
                 unavailable.append(message)
+                waiting |= {message._lane} - {None}
             else:
                 outcomes.append((message, failure.error, decide(batch, message, failure, self._settings.backoff)))
         self._note_failures(batch, outcomes)

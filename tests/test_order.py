@@ -17,6 +17,7 @@ import pytest
 from outbox import (
     CommitStrategy,
     DestinationUnavailableError,
+    HandlerDispatcher,
     LinearBackOff,
     Message,
     MessageFailed,
@@ -488,6 +489,43 @@ async def test_a_long_queue_behind_a_failure_goes_out_in_batches(pool: asyncpg.P
         await destination.has_accepted(2_000)
     assert destination.accepted == [f"a{number}" for number in range(1, 2_001)]
     assert len(destination.calls) < 30
+
+
+async def test_those_behind_one_that_cannot_be_upcast_wait_for_it(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
+    failures = iter([True])
+
+    def upcast(message: Message) -> list[Message]:
+        if message.payload == "a2" and next(failures, False):
+            raise ValueError("no")
+        return [message]
+
+    destination = Destination()
+    backoff = LinearBackOff(initial=_SOON, max_tries=-1)
+    async with running(outbox, pool, destination, order="key", upcast=upcast, backoff=backoff):
+        await write_keyed(pool, outbox, "a", "a", "a", "b")
+        await destination.has_accepted(4)
+    assert [one for one in destination.accepted if one != "b1"] == ["a1", "a2", "a3"]
+
+
+@pytest.mark.parametrize("order", _ORDERS)
+async def test_a_handler_is_not_called_for_those_behind_a_failure(
+    order: Literal["key", "total"], pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    failures, handled = iter([True]), Destination()
+
+    async def handle(message: Message) -> None:
+        if message.payload == "a2" and next(failures, False):
+            raise ValueError("no")
+        await handled.dispatch(message)
+
+    backoff = LinearBackOff(initial=_SOON, max_tries=-1)
+    destination = HandlerDispatcher(handle, order=order)
+    async with running(outbox, pool, destination, order=order, backoff=backoff):
+        await write_keyed(pool, outbox, "a", "a", "a", "b", None)
+        await handled.has_accepted(5)
+    accepted = handled.accepted
+    assert [one for one in accepted if one[0] == "a"] == ["a1", "a2", "a3"]
+    assert accepted.index("b1") < accepted.index("a2") if order == "key" else accepted[:2] == ["a1", "a2"]
 
 
 async def test_delayed_messages_have_no_place_in_the_order(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:

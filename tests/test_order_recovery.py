@@ -184,12 +184,12 @@ async def test_a_hundred_thousand_behind_a_failure_are_not_touched_by_a_claim(
     claimant = UUID(int=1)
     await connection.execute(Queries(outbox.table, outbox.schema).register, claimant, HOUR, "key")
     due = await plan(connection, BEGIN, lanes.due_lanes, -1, 100)
-    suspect = await plan(connection, BEGIN, lanes.claim_crash_suspect, claimant, -1)
+    suspect = await plan(connection, BEGIN, lanes.claim_crash_suspect, claimant, -1, 10**9)
     free = await plan(connection, BEGIN, lanes.claim_due, claimant, "epoch", 0, 100, 10**6, -1)
     for looked in (due, suspect, free):
         assert looked["Actual Rows"] == 0
         assert touched(looked) < 20
-    claim = await plan(connection, BEGIN, lanes.claim_lanes, claimant, "{7}", 100, 10**6)
+    claim = await plan(connection, BEGIN, lanes.claim_lanes, claimant, "{7}", 100, 10**6, 10**9)
     assert claim["Actual Rows"] == 0, "its head is not due"
     left = await plan(connection, BEGIN, lanes.lanes_left, claimant, "{7}")
     assert touched(claim) + touched(left) < 60
