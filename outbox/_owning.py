@@ -1,8 +1,7 @@
 """What a relay has in its hands that keeps an order: the lanes of the slots it owns, and nobody else's."""
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from time import monotonic
@@ -21,7 +20,7 @@ from outbox._claims import (
     settle,
     with_large_bodies,
 )
-from outbox._events import WriterLate
+from outbox._events import Event, WriterLate
 from outbox._horizon import HIGHEST, LOWEST, Horizon
 from outbox._lanes import Lanes
 from outbox._membership import Membership
@@ -29,6 +28,7 @@ from outbox._message import Message
 from outbox._outbox import Connection, Outbox, position_of
 from outbox._pace import START_INTERVAL, after
 from outbox._queries import SLOTS, LaneQueries
+from outbox._slots import Slots, mask_of
 
 OnFailure = Literal["block", "park", "skip"]
 """What becomes of the messages behind one that failed."""
@@ -37,7 +37,6 @@ _BALANCE_SECONDS: Final = 0.25
 """Between two looks at who owns what; less when the lease is shorter than ten of them."""
 _DEPARTED_SECONDS: Final = 0.5
 """Between two looks whether a parked lane may go on."""
-_MOVED_AT_ONCE: Final = 1_000
 
 
 @dataclass(slots=True)
@@ -64,8 +63,8 @@ class _Reading:
 class _Gain:
     """What a look at the slots came to, until its COMMIT makes it so."""
 
-    owner: UUID
     doubt: int
+    """The one that the COMMIT resolves."""
     slots: dict[int, int] = field(default_factory=dict)
     lanes: "_Lanes | None" = None
 
@@ -111,13 +110,13 @@ class Owning:
         commit: CommitStrategy,
         lease: timedelta,
         poll_interval: timedelta,
-        tell: Any,
+        tell: Callable[[Event], None],
     ) -> None:
         self._codec = outbox.codec
         self._queries = outbox._queries
         self._lane_queries = LaneQueries(outbox._queries, ordering)
         self._membership = membership
-        self._slot_count = SLOTS[ordering]
+        self._slots = Slots(self._lane_queries, SLOTS[ordering])
         self._on_failure = on_failure
         self._size = batch_size
         self._commit = commit
@@ -133,16 +132,15 @@ class Owning:
 
     def _begin(self) -> None:
         """Knows and holds nothing."""
-        self._slots: dict[int, int] = {}
-        self._leaving: dict[int, int] = {}
-        self._released: list[int] = []
+        self._slots.forget(list(self._slots.owned))
         self._gained: _Gain | None = None
         self._cursor = self._read_upto = LOWEST
         self._blocked: set[int] = set()
         self._parked: dict[int, set[int]] = {}
         self._resuming: set[int] = set()
         self._reading: _Reading | None = None
-        self._doubts = self._known = self._doubt_of_balance = 0
+        # Each transaction is a doubt until its COMMIT is answered; so is each failure of the database.
+        self._doubts = self._known = 0
         self._is_stale = self._must_begin = False
         self._crash_suspect: int | None = None
         self._outcomes = Settlement(self._membership.owner)
@@ -173,35 +171,23 @@ class Owning:
         owner = self._this_one()
         if self._known != self._doubts:  # what the last one came to must be found out first
             return False
-        queries = self._lane_queries
-        others = {row["owner"]: 0 for row in await connection.fetch(queries.living, owner)}
-        free, mine = 0, 0
-        for row in await connection.fetch(queries.slots):
-            free += row["owner"] is None
-            mine += row["owner"] == owner
-            if row["owner"] in others:
-                others[row["owner"]] += 1
-        fewest = self._slot_count // (len(others) + 1)
-        most = math.ceil(self._slot_count / (len(others) + 1))
-        wanted = sum(max(0, fewest - count) for count in others.values()) - free
-        self._give_up(max(mine - most, min(mine - fewest, wanted)) - len(self._leaving))
+        share = await self._slots.share(connection, owner)
         self._next_balance = monotonic() + self._balance_seconds
-        if self._leaving:
+        self._give_up(share.too_many)
+        if self._slots.leaving:
             return await self._release(connection, owner)
         # A delivery from before this relay was taken for dead may still be under way, and out of order with new ones.
-        if free and mine < most and not any(count for name, count in self._in_delivery.items() if name != owner):
-            return await self._gain(connection, owner, most - mine)
+        if share.too_few and not any(count for name, count in self._in_delivery.items() if name != owner):
+            return await self._gain(connection, owner, share.too_few)
         return False
 
     def _give_up(self, count: int) -> None:
         """Stops to read and deliver what falls into so many slots."""
-        if count <= 0:
+        self._slots.give_up(count)
+        if not self._slots.leaving:
             return
-        self._leaving |= {
-            slot: self._slots[slot] for slot in sorted(self._slots.keys() - self._leaving.keys())[-count:]
-        }
         for lane, messages in self._lanes.queued():
-            going = {position_of(one) for one in messages if self._slot(one) in self._leaving}
+            going = {position_of(one) for one in messages if self._slots.of(one) in self._slots.leaving}
             if going:
                 self._lanes.queue([one for one in self._lanes.pull(lane) if position_of(one) not in going])
                 self._outcomes.finished_claims += self._lanes.answer(going)  # by nobody: its next owner reads it again
@@ -210,32 +196,29 @@ class Owning:
                     self._crash_suspect = None
 
     async def _release(self, connection: Connection, owner: UUID) -> bool:
-        held = set(map(self._slot, self._lanes.held.values()))
-        released = [slot for slot in self._leaving if slot not in held]
+        released = self._slots.leaving - set(map(self._slots.of, self._lanes.held.values()))
         if not released:
             return False
-        for slot in released:  # before it is so: what is settled from here on has nothing to do with them
-            self._slots.pop(slot, None)
-            del self._leaving[slot]
-        self._forget_lanes(set(released))
+        self._slots.forget(released)  # before it is so: what is settled from here on has nothing to do with them
+        self._forget_lanes(released)
         self._doubts += 1
-        self._gained = _Gain(owner, self._doubts)
+        self._gained = _Gain(self._doubts)
         await connection.execute(self._lane_queries.durable)
         await connection.execute(self._queries.lock_relay, owner)
         await connection.execute(self._queries.let_go, owner, self._lanes.waiting)
-        await connection.execute(self._lane_queries.release, owner, released)
+        await connection.execute(self._lane_queries.release, owner, list(released))
         return True
 
     def _forget_lanes(self, slots: set[int]) -> None:
         """Knows nothing any more of lanes that are, or are about to be, somebody else's."""
-        theirs = {lane for lane in (*self._blocked, *self._parked) if lane & (self._slot_count - 1) in slots}
+        theirs = {lane for lane in (*self._blocked, *self._parked) if self._slots.of_lane(lane) in slots}
         self._blocked -= theirs
         for lane in theirs:
             self._parked.pop(lane, None)
 
     async def _gain(self, connection: Connection, owner: UUID, count: int) -> bool:
         self._doubts += 1
-        self._gained = gain = _Gain(owner, self._doubts)
+        self._gained = gain = _Gain(self._doubts)
         await connection.execute(self._lane_queries.durable)
         gain.slots = dict(await connection.fetch(self._lane_queries.gain, owner, count))
         if gain.slots:
@@ -249,14 +232,14 @@ class Owning:
             return
         self._known = gain.doubt
         if gain.lanes:
-            self._slots |= gain.slots
+            self._slots.owned |= gain.slots
             self._note(gain.lanes)
             self._cursor = LOWEST
             self._next_due = 0.0
 
     async def _learn_lanes(self, connection: Connection, owner: UUID, slots: Iterable[int]) -> _Lanes:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
-        queries, mask = self._lane_queries, _mask(slots)
+        queries, mask = self._lane_queries, mask_of(slots)
         await connection.execute(queries.relane, mask)
         await connection.execute(queries.wake_heads, mask)
         lanes = _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask, owner)}, {})
@@ -268,9 +251,6 @@ class Owning:
         self._blocked |= self._stopping(lanes.blocked)
         for lane, heads in lanes.parked.items():
             self._parked.setdefault(lane, set()).update(heads)
-
-    def _slot(self, message: Message) -> int:
-        return (position_of(message) if message._lane is None else message._lane) & (self._slot_count - 1)
 
     # --- claiming ---------------------------------------------------------------------------------------
 
@@ -299,7 +279,7 @@ class Owning:
         if self._parked and monotonic() >= self._next_departed:
             await self._unpark(connection, reading)
         if self._resuming or monotonic() >= self._next_due:
-            if self._slot_count == 1:  # nothing would be read behind a head that somebody has removed
+            if self._slots.is_one:  # nothing would be read behind a head that somebody has removed
                 self._resuming |= self._blocked
             started = monotonic()
             more = await self._claim_waiting(connection, reading, self._lanes.room_for_waiting())
@@ -326,9 +306,7 @@ class Owning:
         """Asks the tables for everything that this relay should know of them, and notes there what it holds."""
         queries = self._lane_queries
         await self._membership.wait_for_own(connection)
-        rows = await connection.fetch(queries.slots)
-        self._slots = {row["slot"]: row["epoch"] for row in rows if row["owner"] == owner}
-        self._leaving = {slot: epoch for slot, epoch in self._leaving.items() if slot in self._slots}
+        await self._slots.reread(connection, owner)
         notes = self._lanes.readings
         await connection.execute(queries.drop_claims_but, owner, [upto for upto, _ in notes])
         for upto, positions in notes:  # a server that crashed may have forgotten them
@@ -340,7 +318,7 @@ class Owning:
         self._cursor = LOWEST
         self._next_due = 0.0
         self._blocked, self._parked = self._about_to_wait()
-        self._note(await self._learn_lanes(connection, owner, self._slots))
+        self._note(await self._learn_lanes(connection, owner, self._slots.owned))
 
     def _stopping(self, lanes: set[int]) -> set[int]:
         """Returns which of these lanes, of which messages are waiting, have to wait for them.
@@ -364,7 +342,7 @@ class Owning:
         return {one.lane for settlement in unsettled for one in settlement.postponed if one.lane is not None}, parked
 
     async def _read(self, connection: Connection, reading: _Reading, room: Room) -> None:
-        slots = self._slots.keys() - self._leaving.keys()
+        slots = self._slots.at_work
         if room.messages < 1 or room.bytes < 1 or not slots or self._is_stuck:
             return
         if self._cursor >= self._horizon.bound:
@@ -375,7 +353,7 @@ class Owning:
             return
         in_hand = list(self._lanes.held) if self._cursor < self._read_upto else []
         found = await connection.fetch(
-            self._lane_queries.read, _mask(slots), self._cursor, bound, in_hand, room.messages
+            self._lane_queries.read, mask_of(slots), self._cursor, bound, in_hand, room.messages
         )
         rows: Sequence[Any] = found
         if any(row["payload"] is None for row in found):
@@ -405,10 +383,10 @@ class Owning:
 
     async def _claim_waiting(self, connection: Connection, reading: _Reading, room: Room) -> bool:
         """Claims waiting messages whose time has come; returns whether there may be more."""
-        slots = self._slots.keys() - self._leaving.keys()
+        slots = self._slots.at_work
         if room.messages < 1 or room.bytes < 1 or not slots:
             return bool(slots)
-        queries, mask, owner = self._lane_queries, _mask(slots), reading.owner
+        queries, mask, owner = self._lane_queries, mask_of(slots), reading.owner
         read_so_far = await self._read_so_far(connection, reading)
         reading.free, more = await self._due.claim(connection, owner, room, mask)
         room = Room(room.messages - len(reading.free), room.bytes)
@@ -437,11 +415,11 @@ class Owning:
     @property
     def _is_stuck(self) -> bool:
         """Whether all messages are behind one head."""
-        return self._slot_count == 1 and bool(self._blocked)
+        return self._slots.is_one and bool(self._blocked)
 
     async def _claim_lanes(self, connection: Connection, reading: _Reading, room: Room, read_so_far: int) -> None:
-        slots = self._slots.keys() - self._leaving.keys()
-        self._resuming = {lane for lane in self._resuming if lane & (self._slot_count - 1) in slots}
+        slots = self._slots.at_work
+        self._resuming = {lane for lane in self._resuming if self._slots.of_lane(lane) in slots}
         asked = list(self._resuming | reading.found)[: room.messages]
         self._resuming.difference_update(asked)
         if not asked:
@@ -567,7 +545,7 @@ class Owning:
             lane = self._lanes.held[outcome.position]._lane
             if lane is None or self._on_failure == "skip":
                 self._fail(outcome)
-            elif head := self._parks(lane, outcome.position):
+            elif (head := self._parks(lane, outcome.position)) is not None:
                 self._fail(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
             elif isinstance(outcome, Buried):
                 self._bury(outcome, lane)
@@ -606,7 +584,7 @@ class Owning:
         if suspect is Suspect.CRASH:  # it was counted before the delivery that does not come
             attempts -= 1
             self._outcomes.crash_suspects += 1
-        if head := self._parks(lane, position):
+        if (head := self._parks(lane, position)) is not None:
             self._fail(_parked(position, attempts, lane, head))
         else:
             self._blocked.add(lane)
@@ -646,12 +624,11 @@ class Owning:
 
         Only the COMMIT makes it so, and then `settled` is called.
         """
-        owner, slots = settlement.owner, dict(self._slots)
         if self._is_stale:
             return
-        epochs = [SLOTS["key"] * epoch + slot for slot, epoch in slots.items()]
+        epochs = self._slots.epochs
         # And one more, for being alive: a relay that owns nothing may be dead as well.
-        if await connection.fetchval(self._lane_queries.owned, owner, epochs) < len(slots) + 1:
+        if await connection.fetchval(self._lane_queries.owned, settlement.owner, epochs) < len(epochs) + 1:
             self._is_stale = True
         if self._is_stale:
             return
@@ -697,16 +674,10 @@ class Owning:
         await self._membership.lock(connection)
         await connection.execute(self._queries.let_go, owner, [])
         await connection.execute(self._queries.drop_all_claims, [owner])
-        await connection.execute(self._lane_queries.release, owner, list(range(self._slot_count)))
+        await connection.execute(self._lane_queries.release, owner, list(range(SLOTS["key"])))
         await self._membership.leave(connection)
 
 
 def _parked(position: int, attempts: int, lane: int, head: int, error: str | None = None) -> Buried:
     because = f"parked behind the dead letter at position {head}"
     return Buried(position, attempts, f"{because}: {error}" if error else because, lane, head)
-
-
-def _mask(slots: Iterable[int]) -> int:
-    """Returns a bigint with a bit for each slot."""
-    mask = sum(1 << slot for slot in slots)
-    return mask - (1 << 64) if mask >> 63 else mask
