@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check format coverage bench bench-order docs test-matrix clean pgbouncer .venv
+.PHONY: help demo test chaos check format coverage bench bench-order docs test-matrix clean programs .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -10,10 +10,10 @@ help:  ## Show this help
 demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proof that nothing was lost
 	@$(BIN)/python examples/demo.py
 
-test: .venv pgbouncer  ## Run the tests; they start their own PostgreSQL
+test: .venv programs  ## Run the tests; they start their own PostgreSQL
 	@$(BIN)/pytest
 
-chaos: .venv  ## Faults of every kind for two minutes, then the proof; for more: make chaos CHAOS='--seconds 1800'
+chaos: .venv programs  ## Faults of every kind for two minutes, then the proof; for more: make chaos CHAOS='--seconds 1800'
 	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 check: .venv  ## What CI checks: format, lint, types, and the direction of the imports
@@ -47,11 +47,13 @@ test-matrix: .venv  ## Run the tests on PostgreSQL 14 to 18, and on Python 3.11 
 clean:  ## Remove what the other targets made
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .matrix .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
 
-# One promise is kept through PgBouncer, which is no Python package: root installs it, others skip that test.
-pgbouncer:
-	@command -v pgbouncer >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
-		{ echo 'Installing PgBouncer …'; export DEBIAN_FRONTEND=noninteractive; \
-		apt-get update -qq && apt-get install -qq --yes --no-install-recommends pgbouncer >/dev/null; }
+# Two programs that are no Python packages: one promise is kept through PgBouncer, and libfaketime sets the clock of a
+# server. Root installs them; others skip that test, and that fault.
+programs:
+	@{ command -v pgbouncer && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1 || \
+		[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ echo 'Installing PgBouncer and libfaketime …'; export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -qq && apt-get install -qq --yes --no-install-recommends pgbouncer libfaketime >/dev/null; }
 
 .venv: .venv/.ready  ## Install everything into .venv; the targets above do it by themselves
 

@@ -11,7 +11,7 @@ HIGHEST: Final = 2**63 - 1
 """Above or at every position there can be."""
 
 _PREPARED: Final = "-1/"
-"""How the virtual transaction of a prepared one begins: whoever prepares gives its locks to a new one."""
+"""How the virtual transaction of a prepared one begins where preparing, or a restart, gives the locks to a new one."""
 _WARN_AFTER: Final = 1.0
 """Seconds after which somebody should hear who is being waited for."""
 

@@ -410,7 +410,8 @@ class Owning:
                 return HIGHEST
             reading.cursor = lowest - 1
             return reading.cursor
-        return HIGHEST if self._cursor >= self._horizon.bound > LOWEST else self._cursor
+        cursor = self._cursor if reading.rows else reading.cursor  # what this claim has read has not fallen in yet
+        return HIGHEST if cursor >= self._horizon.bound > LOWEST else cursor
 
     @property
     def _is_stuck(self) -> bool:

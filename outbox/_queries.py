@@ -101,12 +101,12 @@ class Queries:
             SELECT FROM {relays.replace("{", "{{").replace("}", "}}")} WHERE owner = '{{}}' FOR UPDATE;
             ROLLBACK TO SAVEPOINT own"""
 
-        # A relay leaves only with empty hands: one that still holds a claim is left to be taken over. What is held
-        # was due when it was claimed, so its due time is past.
+        # A relay leaves only with empty hands: one that still holds a claim is left to be taken over. This is rare, and
+        # looks at all that waits: what is held was due when it was claimed, but the clock may have been set since.
         self.unregister = f"""
             DELETE FROM {relays} WHERE owner = $1
                 AND NOT EXISTS (SELECT FROM {claims} WHERE owner = $1)
-                AND NOT EXISTS (SELECT FROM {waiting} WHERE owner = $1 AND due_at <= clock_timestamp())"""
+                AND NOT EXISTS (SELECT FROM {waiting} WHERE owner = $1)"""
 
         # Declares relays dead. One that is recording a claim at this moment has its row locked and is skipped, so
         # that the next statement, with its newer snapshot, sees every claim of the dead.
@@ -137,7 +137,7 @@ class Queries:
         self.take_over_waiting = f"""
             UPDATE {waiting} SET owner = NULL, suspect = 'crash', due_at = clock_timestamp(),
                 error = CASE WHEN suspect = 'crash' THEN 'the process died while dispatching it' ELSE error END
-            WHERE owner = ANY($1::uuid[]) AND due_at <= statement_timestamp()"""
+            WHERE owner = ANY($1::uuid[])"""
 
         # Of relays that kept an order: what was in their hands is tried again together, since most deaths are
         # nobody's fault. What was in the hands of two dead owners of a slot in a row is a suspect.
@@ -195,7 +195,7 @@ class Queries:
         self.unknown_claims = f"SELECT upto, positions FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
         self.let_go = f"""
             UPDATE {waiting} SET owner = NULL, attempts = attempts - CASE WHEN suspect = 'crash' THEN 1 ELSE 0 END
-            WHERE owner = $1 AND due_at <= statement_timestamp() AND position <> ALL($2::bigint[])"""
+            WHERE owner = $1 AND position <> ALL($2::bigint[])"""
 
         self.claim_due = self._claim_due("true")
         self.claim_crash_suspect = self._claim_crash_suspect("due_at <= statement_timestamp()")
@@ -517,7 +517,7 @@ class LaneQueries:
         self.claim_due = queries._claim_due(f"lane IS NULL AND {mine('$6')}")
         # The first of its lane, which has a due time or, when the one before it has just been delivered, not yet.
         self.claim_crash_suspect = queries._claim_crash_suspect(f"""
-            {mine("$2")} AND position <= $3
+            {mine("$2")} AND (lane IS NULL OR position <= $3)
             AND (due_at <= statement_timestamp() OR due_at = 'infinity')
             AND (lane IS NULL OR NOT EXISTS (
                 SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))""")

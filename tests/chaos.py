@@ -15,10 +15,9 @@ over costs no more than its own order, as none takes so long here; that a duplic
 all that a relay can have held is excused; how fast anything is; anything of a prepared transaction, a failover to a
 standby, a pooler, a full disk, relays of two orders side by side, or a change of the settings between two runs.
 
-One fault is missing: a step of the database's clock. PostgreSQL asks the kernel for the time, so the clock of the
-whole machine would have to be set, or a library be laid under the server that lies to it; shifting the times in the
-tables instead would be another fault, which does not occur. The relays use the database's clock and, for the length
-of their own lease, a monotonic one, which nobody can set: a step of *their* wall clock has nothing to act on.
+The clock of the database is set forward and back, by more than a lease, where libfaketime is installed (`make chaos`
+installs it for root). The relays use the database's clock and, for the length of their own lease, a monotonic one,
+which nobody can set: a step of *their* wall clock has nothing to act on.
 """
 
 import argparse
@@ -29,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -48,6 +48,7 @@ from outbox.embedded import Server
 from tests.chaos_operator import Operator
 from tests.chaos_relay import BATCH, CONCURRENCY, GRACE, LEASE, Setup
 from tests.chaos_writers import GONE, Writers
+from tests.clock import REFRESH, Clock, without
 from tests.faults import FaultProxy
 from tests.history.checker import History, Verdict, check
 from tests.history.journal import Journal
@@ -118,6 +119,7 @@ _WEIGHTS: Final = {
     "server full": 1,
     "held snapshot": 1,
     "long writer": 3,
+    "clock step": 2,
 }
 
 
@@ -143,6 +145,7 @@ def schedule(seed: str, seconds: float) -> list[Fault]:
         "freeze": (0.2, LEASE / 2),
         "held snapshot": (5.0, 30.0),
         "long writer": (1.0, 4.0),
+        "clock step": (LEASE, LEASE * 3),
     }
     deck = list(_WEIGHTS)
     dice.shuffle(deck)
@@ -202,12 +205,14 @@ class Run:
     writers: Writers
     operator: Operator | None
     slots: list[_Slot]
+    clock: Clock | None
     injected: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)
     _births: Iterator[int] = field(default_factory=count)
     _dark: list[tuple[int, float]] = field(default_factory=list)
     _server_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _mended: list[float] = field(default_factory=list)
+    _is_stepping: bool = False
 
     async def run(self, seconds: float) -> None:
         """Has everybody at work while the faults happen, and then lets them come to an end."""
@@ -245,7 +250,14 @@ class Run:
         )
         with self.journal.path.with_suffix(".log").open("ab") as log:
             slot.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.chaos_relay", setup.dumps(), stdout=PIPE, stderr=log, cwd=_ROOT
+                sys.executable,
+                "-m",
+                "tests.chaos_relay",
+                setup.dumps(),
+                stdout=PIPE,
+                stderr=log,
+                cwd=_ROOT,
+                env=without(),
             )
         assert slot.process.stdout
         if await slot.process.stdout.readline() != b"running\n":
@@ -302,11 +314,31 @@ class Run:
                 happened = await self._hold_snapshot(fault.seconds)
             case "long writer":
                 happened = await self._write_for_long(fault)
+            case "clock step":
+                happened = await self._step(fault)
             case _:
                 happened = await self._strike(fault)
         if happened:
             self.injected[fault.kind] += 1
             self._mended.append(monotonic())
+
+    async def _step(self, fault: Fault) -> bool:
+        """Sets the clock of the database, and some time later right again: two steps."""
+        if self.clock is None or self._is_stepping:
+            return False
+        self._is_stepping = True
+        offset = fault.seconds if fault.target % 2 else -fault.seconds
+        self.clock.set(offset)
+        await asyncio.sleep(REFRESH + fault.seconds / 2)
+        with suppress(*GONE):
+            async with self._connected() as connection:
+                seen = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8") - time.time()
+                if abs(seen - offset) > 1:
+                    self.broken.append(f"the clock of the server is {seen:+.1f} s off, not {offset:+.1f} s")
+        self.clock.set(0)
+        await asyncio.sleep(REFRESH)
+        self._is_stepping = False
+        return True
 
     async def _strike(self, fault: Fault) -> bool:
         """What happens to one relay, as soon as there is one to which it can happen."""
@@ -618,6 +650,10 @@ async def run(name: str, seed: str, seconds: float, folder: Path) -> Report:
     backlog = min(_BACKLOG, _BACKLOG_PER_SECOND * seconds)
     async with AsyncExitStack() as stack:
         stack.callback(journal.close)
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outbox-clock-")))
+        clock = Clock(place / "offset") if Clock.library() else None
+        if clock:
+            stack.enter_context(clock.under())
         # The time in which commits that are not waited for reach the disk, at most three of these, is made longer.
         server = Server(settings={"max_connections": str(_CONNECTIONS), "wal_writer_delay": "500ms"})
         stack.push_async_callback(server.stop)
@@ -628,7 +664,7 @@ async def run(name: str, seed: str, seconds: float, folder: Path) -> Report:
             server.dsn, outbox, seed, lambda: len(writers.commits) - tail.read() < backlog, mendable=parks
         )
         operator = Operator(server.dsn, outbox, journal, seed) if parks else None
-        chaos = Run(name, mode, seed, server, journal, writers, operator, slots)
+        chaos = Run(name, mode, seed, server, journal, writers, operator, slots, clock)
         stack.push_async_callback(_kill_all, slots)
         await chaos.run(seconds)
     history = History.read(path.read_text(errors="replace").splitlines())

@@ -9,17 +9,19 @@ The program has no thread, no loop and no connection when it forks: each process
 """
 
 import asyncio
+import inspect
 import json
 import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import anyio
@@ -32,35 +34,44 @@ LEASE = timedelta(seconds=1)
 BATCH = 3
 MESSAGES = 5
 """Of fresh messages, so that there is more than one batch."""
+KEYS = ("a", "b", "a", None, "a", "b", "a")
+"""Of the messages where an order is kept: one key has more of them than a batch holds."""
 
 
 # --- counting awaits ------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A place in the library where a task is suspended: the lines of the functions that wait for each other."""
+
+    lines: str
+    time: int = 1
+    """The how manieth time that one is there."""
 
 
 class Awaits:
     """Counts each suspension of each task made inside `counted`, and interrupts at one of them.
 
     Args:
-        at: The number of the suspension, from 1.
+        at: The number of the suspension, from 1; or a point in the library.
         interrupt: Called with this, and with what the task is about to wait for: None is a mere turn of the loop.
 
     Attributes:
         count: How many there were.
+        points: How many there were at each place, if it is asked for a point.
         task: The one that was begun first, and made the others.
         scope: What it runs in.
     """
 
-    def __init__(self, at: int, interrupt: "Interruption") -> None:
+    def __init__(self, at: int | Point, interrupt: "Interruption") -> None:
         self.count = 0
+        self.points: Counter[str] = Counter()
+        self.reached = False
+        """Whether there were so many."""
         self.task: asyncio.Task[Any]
         self.scope = anyio.CancelScope()
         self._at = at
         self._interrupt = interrupt
-
-    @property
-    def reached(self) -> bool:
-        """Whether there were so many."""
-        return self.count >= self._at
 
     def begin(self, work: Coroutine[Any, Any, object]) -> "asyncio.Task[Any]":
         """Begins the work that is interrupted."""
@@ -87,11 +98,36 @@ class Awaits:
         finally:
             loop.set_task_factory(before)
 
-    def suspended(self, waited: Any) -> None:
+    def suspended(self, coroutine: Coroutine[Any, Any, Any], waited: Any) -> None:
         """Counts one, and interrupts if it is the one."""
         self.count += 1
-        if self.count == self._at:
+        here: int | Point = self.count
+        if isinstance(self._at, Point):
+            lines = _lines(coroutine)
+            self.points[lines] += 1
+            here = Point(lines, self.points[lines])
+        if here == self._at:
+            self.reached = True
             self._interrupt(self, waited)
+
+
+_LIBRARY = str(Path(inspect.getfile(Relay)).parent)
+
+
+def _lines(waiting: Any) -> str:
+    """Says where in the library a coroutine is suspended, and where those that it waits for are."""
+    lines = []
+    while waiting is not None:
+        kind = next((kind for kind in ("cr", "ag", "gi") if hasattr(waiting, f"{kind}_frame")), None)
+        frame = getattr(waiting, f"{kind}_frame") if kind else None
+        if frame is None:
+            break
+        if frame.f_code.co_filename.startswith(_LIBRARY):
+            lines.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}:{frame.f_lineno}")
+        # What an async context manager waits for is hidden, but for the generator that it is made of.
+        hidden = getattr(frame.f_locals.get("self"), "gen", None) if "contextlib" in frame.f_code.co_filename else None
+        waiting = hidden or getattr(waiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+    return " > ".join(lines)
 
 
 class _Counted(Coroutine[Any, Any, Any]):
@@ -103,12 +139,12 @@ class _Counted(Coroutine[Any, Any, Any]):
 
     def send(self, value: Any) -> Any:
         waited = self._inner.send(value)
-        self._awaits.suspended(waited)
+        self._awaits.suspended(self._inner, waited)
         return waited
 
     def throw(self, *error: Any) -> Any:
         waited = self._inner.throw(*error)
-        self._awaits.suspended(waited)
+        self._awaits.suspended(self._inner, waited)
         return waited
 
     def close(self) -> None:
@@ -138,9 +174,14 @@ class Scenario:
     commit: str = "delete"
     verb: str = "run_once"
     """The method of the relay that makes the cycle."""
+    order: Literal["none", "key", "total"] = "none"
+    on_failure: Literal["block", "park", "skip"] = "block"
+    company: bool = False
+    """Whether another relay, which does nothing, comes and gets its share of the slots."""
 
     def __str__(self) -> str:
-        return "-".join([self.verb, self.commit, self.answer, *(["waiting"] if self.waiting else [])])
+        order = [] if self.order == "none" else [self.order, self.on_failure, *(["company"] if self.company else [])]
+        return "-".join([self.verb, self.commit, self.answer, *(["waiting"] if self.waiting else []), *order])
 
     def relay(self, outbox: Outbox, pool: asyncpg.Pool, destination: "Destination") -> Relay:
         return Relay(
@@ -153,6 +194,8 @@ class Scenario:
             backoff=NoWaiting(),
             destination_backoff=NoWaiting(max_tries=-1),
             lease=LEASE,
+            order=self.order,
+            on_failure=self.on_failure,
         )
 
 
@@ -165,19 +208,21 @@ class Destination:
     calls: list[tuple[Message, ...]] = field(default_factory=list)
     inside: int = 0
     accepted: set[UUID] = field(default_factory=set)
+    rejected: set[UUID] = field(default_factory=set)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def dispatch(self, *messages: Message) -> None:
+        error = self._error(messages) if not self.calls else None
         self.calls.append(messages)
         self.inside += 1
         try:
             await asyncio.sleep(0)
-            error = self._error(messages) if len(self.calls) == 1 else None
             refused = set(error.failures) if isinstance(error, PartialDispatchError) else set()
             if error is None or refused:
                 ids = [message.id for message in messages if message.id not in refused]
                 self.note(ids)
                 self.accepted |= set(ids)
+                self.rejected |= {messages[0].id} if refused and self.answer == "buries" else set()
             await asyncio.sleep(0)
             if error:
                 raise error
@@ -186,16 +231,26 @@ class Destination:
         async with self._changed:
             self._changed.notify_all()
 
-    async def has_accepted(self, ids: set[UUID]) -> None:
+    async def is_finished(self, keys: "Keys", *, parks: bool) -> None:
+        """Waits until all is accepted but what was rejected, and what is parked behind that."""
+
+        def wanted() -> set[UUID]:
+            parked = {keys[name] for name in self.rejected if parks}
+            return {name for name, key in keys.items() if name not in self.rejected and key not in parked}
+
         async with self._changed:
-            await self._changed.wait_for(lambda: ids <= self.accepted)
+            await self._changed.wait_for(lambda: wanted() <= self.accepted)
 
     def _error(self, messages: tuple[Message, ...]) -> Exception | None:
         match self.answer:
             case "partial":
                 return PartialDispatchError({messages[-1].id: ValueError("no")})
             case "buries":
-                return PartialDispatchError({messages[0].id: Rejected("never")})
+                # And those behind it: whoever delivers them lets them overtake, if the first comes again.
+                behind = [one.id for one in messages[1:] if one.key is not None and one.key == messages[0].key]
+                return PartialDispatchError(
+                    {messages[0].id: Rejected("never"), **dict.fromkeys(behind, ValueError("no"))}
+                )
             case "raises":
                 return ValueError("no")
             case "rejects":
@@ -206,11 +261,28 @@ class Destination:
                 return None
 
 
-async def cycle(relay: Relay, scenario: Scenario, destination: Destination, ids: set[UUID], awaits: Awaits) -> None:
+Keys = Mapping[UUID, str | None]
+"""The messages by their ids, in the order of their positions, each with its key."""
+
+
+async def _at_once() -> None:
+    pass
+
+
+async def cycle(
+    relay: Relay,
+    scenario: Scenario,
+    destination: Destination,
+    keys: Keys,
+    awaits: Awaits,
+    *,
+    until: Callable[[], Awaitable[None]] = _at_once,
+) -> None:
     """Has the relay deliver one batch, or all messages and stop, in a task of its own whose awaits are counted."""
 
     async def stop() -> None:
-        await destination.has_accepted(ids)
+        await destination.is_finished(keys, parks=scenario.on_failure == "park")
+        await until()
         await relay.stop()
 
     stopping = asyncio.create_task(stop())
@@ -228,9 +300,9 @@ class _Order:
     dsn: str
     schema: str
     table: str
-    ids: list[str]
+    keys: dict[str, str | None]
     path: str
-    at: int
+    at: int | Point
     scenario: dict[str, Any]
 
 
@@ -242,9 +314,11 @@ async def _cycle_in_a_process(order: _Order) -> None:
         scenario.answer, lambda ids: void(os.write(file, b"".join(f"{one}\n".encode() for one in ids)))
     )
     outbox = Outbox(order.table, schema=order.schema)
-    awaits = Awaits(order.at, lambda _, __: os.kill(os.getpid(), signal.SIGKILL))
+    at = order.at if isinstance(order.at, int) else Point(*order.at)  # JSON knows no tuples
+    awaits = Awaits(at, lambda _, __: os.kill(os.getpid(), signal.SIGKILL))
+    keys = {UUID(name): key for name, key in order.keys.items()}
     async with asyncpg.create_pool(order.dsn, min_size=2, max_size=2) as pool:
-        await cycle(scenario.relay(outbox, pool, destination), scenario, destination, set(map(UUID, order.ids)), awaits)
+        await cycle(scenario.relay(outbox, pool, destination), scenario, destination, keys, awaits)
         awaits.task.result()
 
 
@@ -275,11 +349,12 @@ class Killer:
     process: Process
     dsn: str
 
-    async def kill(self, outbox: Outbox, scenario: Scenario, ids: set[UUID], path: Path, *, at: int) -> bool:
-        """Runs a cycle until the n-th await; returns False when it had fewer and is complete."""
+    async def kill(self, outbox: Outbox, scenario: Scenario, keys: Keys, path: Path, *, at: int | Point) -> bool:
+        """Runs a cycle until the n-th await, or that point; returns False when it had fewer and is complete."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        order = _Order(self.dsn, outbox.schema, outbox.table, list(map(str, ids)), str(path), at, asdict(scenario))
+        names = {str(name): key for name, key in keys.items()}
+        order = _Order(self.dsn, outbox.schema, outbox.table, names, str(path), at, asdict(scenario))
         self.process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
         line = (await self.process.stdout.readline()).decode().strip()
         assert line in {"killed", "completed"}, line

@@ -38,11 +38,11 @@ from outbox import (
     Relay,
 )
 
-_LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
+LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 _SETTINGS = settings(
-    max_examples=2_500 if _LONG else 80,
-    stateful_step_count=60 if _LONG else 35,
-    derandomize=not _LONG,
+    max_examples=2_500 if LONG else 80,
+    stateful_step_count=60 if LONG else 35,
+    derandomize=not LONG,
     deadline=None,
     print_blob=True,
     phases=[Phase.generate],  # shrinking takes longer than the time limit, and the steps are few
@@ -53,7 +53,7 @@ _HOUR = timedelta(hours=1)
 _SLOTS = 3
 
 
-def _backoff(attempts: int, _: BaseException | None) -> timedelta | None:
+def backoff(attempts: int, _: BaseException | None) -> timedelta | None:
     """Gives up after the fourth; every second retry waits for an hour, which only a rule makes pass."""
     return None if attempts > _MAX_TRIES else timedelta() if attempts % 2 else _HOUR
 
@@ -91,7 +91,7 @@ class Batch:
     suspect: str | None = None
 
 
-def _decide(batch: Batch, name: UUID, attempts: int, kind: str, *, shared: bool) -> Outcome:
+def decide(batch: Batch, name: UUID, attempts: int, kind: str, *, shared: bool) -> Outcome:
     """What the documentation says of a failure: alone or named it counts, shared by a batch it kills nobody."""
     result = Outcome(name, "waiting", suspect=batch.suspect, attempts=attempts)
     is_counted = batch.suspect == "crash"  # when it was claimed
@@ -99,7 +99,7 @@ def _decide(batch: Batch, name: UUID, attempts: int, kind: str, *, shared: bool)
         result.attempts -= is_counted
         return result
     tried = attempts if is_counted else attempts + 1
-    delay = None if kind == "rejected" else _backoff(tried, None)
+    delay = None if kind == "rejected" else backoff(tried, None)
     if shared and delay is None:
         result.suspect = "batch"
     elif delay is None:
@@ -129,9 +129,9 @@ class Run:
     outcomes: list[Outcome] = field(default_factory=list)
     call: tuple[Message, ...] = ()
 
-    def begin(self, outbox: Outbox, size: int, commit: CommitStrategy) -> None:
+    def begin(self, outbox: Outbox, size: int, commit: CommitStrategy, **settings: Any) -> None:
         # The lease is longer than any test: a rule ends it.
-        relay = Relay(outbox, self.pool, self, batch_size=size, commit=commit, backoff=_backoff, lease=_HOUR)
+        relay = Relay(outbox, self.pool, self, batch_size=size, commit=commit, backoff=backoff, lease=_HOUR, **settings)
         self.task = asyncio.create_task(relay.run_once())
 
     async def dispatch(self, *messages: Message) -> None:
@@ -299,7 +299,7 @@ class Machine(RuleBasedStateMachine):
         last = run.plan[-1] if run.plan else None
         if last and last.suspect == "crash":
             deaths = self.known[last.names[0]].attempts - 1
-            if deaths and _backoff(deaths, None) is None:
+            if deaths and backoff(deaths, None) is None:
                 del run.plan[-1]
                 run.outcomes.append(Outcome(last.names[0], state="dead", attempts=deaths))
                 self.tick("gave up a suspect")
@@ -369,7 +369,7 @@ class Machine(RuleBasedStateMachine):
         shared = subset is None and len(batch.names) > 1
         for message in run.call:
             if message.id in failed:
-                run.outcomes.append(_decide(batch, message.id, message.attempts, kind, shared=shared))
+                run.outcomes.append(decide(batch, message.id, message.attempts, kind, shared=shared))
             else:
                 run.outcomes.append(Outcome(message.id))
         run.answers.put_nowait(error)
@@ -527,7 +527,7 @@ async def _new_pool(dsn: str) -> asyncpg.Pool:
     return await asyncpg.create_pool(dsn, min_size=0, max_size=2)
 
 
-@pytest.mark.timeout(3600 if _LONG else 80)
+@pytest.mark.timeout(3600 if LONG else 80)
 @pytest.mark.filterwarnings("default::hypothesis.errors.NonInteractiveExampleWarning")
 def test_the_tables_are_what_a_simple_model_says_whatever_happens(dsn: str) -> None:
     with asyncio.Runner() as runner:

@@ -521,7 +521,8 @@ async def test_messages_of_a_dead_relay_are_taken_over_and_tried_alone(pool: asy
             stuck.set()
             await asyncio.Event().wait()
 
-    dying = asyncio.create_task(Relay(outbox, pool, Stuck(), lease=timedelta(milliseconds=300)).run())
+    # It gives its next sign of life in a second: by then the other one has looked.
+    dying = asyncio.create_task(Relay(outbox, pool, Stuck(), lease=timedelta(seconds=3)).run())
     await stuck.wait()
     async with pool.acquire() as connection:  # as a freeze would: its sign of life is long ago
         await connection.execute(f"UPDATE {outbox.schema}.outbox_relays SET until = now() - interval '1 h'")  # noqa: S608

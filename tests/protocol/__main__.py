@@ -8,7 +8,7 @@ from tests.protocol.worlds import FLAWED, LARGE
 def main(what: str) -> int:
     if what == "flaws":
         for _, protocol in FLAWED:
-            print(f"{protocol.flaw.value if protocol.flaw else 'none'}\n{protocol.check()}\n")
+            print(f"{', and '.join(flaw.value for flaw in protocol.flaws)}\n{protocol.check()}\n")
         return 0
     broken = 0
     for name, protocol in LARGE.items():

@@ -2,10 +2,22 @@
 
 A step sees what is committed at its moment, as a statement under READ COMMITTED does. A relay that is frozen is one
 whose steps are a long time in coming; that its lease runs out meanwhile is a step of its own, at any moment. So a
-relay may wake up anywhere, long after it was declared dead, and go on. It even dispatches then: that it looks at its
-clock before each dispatch does not help one that is frozen right after it looked.
+relay may wake up anywhere, long after it was declared dead, and go on under its old name: it rereads, settles and
+claims, all of it fenced as in the code. It even dispatches then: that it looks at its clock before each dispatch does
+not help one that is frozen right after it looked.
 
 Time itself is left out: what waits for a due time may be due at any moment, and a look that finds nothing is no step.
+What happens once a minute may happen at any moment too, but nobody may count on it: without it, all must go on as well.
+
+In the model: late, prepared and lost commits of writers; the horizon; claims, settlements, lanes that are blocked and
+parked; gains, handovers and leases; crashes of relays, and their suspects; COMMITs without an answer that come late,
+or never; rereading at any time; how far a lane is claimed.
+
+Not in the model: crashes of the server, with commits it forgets; order="total", messages without a key, on_failure
+"skip"; more than one lane in a slot, and more than two writers; writers that are passed over; messages that wait and
+are claimed while fresh ones of their lane are in hand; a relay that has renamed itself while its former delivery is
+under way, which gains nothing until that has ended; attempts that are counted when a suspect is claimed; sizes,
+batches of several lanes, free slots of which a relay takes more than one at once, and how many are its fair share.
 """
 
 from collections.abc import Iterator
@@ -49,8 +61,9 @@ class Protocol:
         on_failure: Whether what follows one that was given up goes on, or is parked behind it.
         suspects: Whether what was claimed twice running by relays that died is tried alone.
         prepares: Whether writers may prepare their commits.
+        prompt: Whether each writer does everything in one step, so that nobody commits late.
         strict: Also calls it disorder when a relay that was declared dead delivers what its heir has given up.
-        flaw: What is wrong with it.
+        flaws: What is wrong with it.
     """
 
     faults: Faults = NO_FAULTS
@@ -62,8 +75,9 @@ class Protocol:
     on_failure: Literal["block", "park"] = "block"
     suspects: bool = False
     prepares: bool = False
+    prompt: bool = False
     strict: bool = False
-    flaw: Flaw | None = None
+    flaws: tuple[Flaw, ...] = ()
 
     def check(self, limit: int = 5_000_000) -> Report[State]:
         """Goes through everything that may happen in this world."""
@@ -135,6 +149,7 @@ class Protocol:
             who, ended = f"the late commit of relay {state.late.name}", state._replace(late=None)
             yield Step(f"{who} comes", self._commit(ended, state.late))
             yield Step(f"{who} never comes", ended)
+        yield from self._sweep(state)
         if state.left.redrives:
             yield from self._redrive(state)
         for number, relay in enumerate(state.relays):
@@ -144,7 +159,9 @@ class Protocol:
 
     def _write(self, state: State, number: int) -> Steps:
         writer, who = state.writers[number], f"writer {'AB'[number]}"
-        if writer.phase == "before":
+        if self.prompt:
+            yield from self._write_at_once(state, number)
+        elif writer.phase == "before":
             yield Step(f"{who} takes the lock", _with_writer(state, number, writer._replace(phase="open")))
         elif writer.phase == "open" and writer.written < self.writers[number]:
             yield from self._insert(state, number)
@@ -154,10 +171,22 @@ class Protocol:
             # Only after everybody can see it: ProcArrayEndTransaction comes before the locks are released.
             yield Step(f"{who} lets go of the lock", _with_writer(state, number, writer._replace(phase="ended")))
 
+    def _write_at_once(self, state: State, number: int) -> Steps:
+        """Writes and commits; of writers that are alike, the first goes first."""
+        alike = [n for n, count in enumerate(self.writers[:number]) if count == self.writers[number]]
+        if state.writers[number].phase == "before" and all(state.writers[n].phase == "ended" for n in alike):
+            last, count = state.last_position(), self.writers[number]
+            rows = (*state.rows[:last], *[Row("pending")] * count, *state.rows[last + count :])
+            written = _with_writer(state, number, Writer("ended", count))
+            yield Step(
+                f"writer {'AB'[number]} writes {listed(tuple(range(last + 1, last + count + 1)))}",
+                written._replace(rows=rows),
+            )
+
     def _insert(self, state: State, number: int) -> Steps:
         """Gives out the next position; a transaction may have had its xid long before, by other work."""
         writer, who, position = state.writers[number], f"writer {'AB'[number]}", state.last_position() + 1
-        if self.flaw is Flaw.XID_HORIZON and not writer.xid:
+        if Flaw.XID_HORIZON in self.flaws and not writer.xid:
             writer = writer._replace(xid=1 + max(other.xid for other in state.writers))
             yield Step(f"{who} gets xid {writer.xid}", _with_writer(state, number, writer))
         rows = put(state.rows, position - 1, Row("taken", number))
@@ -171,7 +200,7 @@ class Protocol:
             return tuple(row if old.place == "taken" and old.holder == number else old for old in state.rows)
 
         # Who wrote it matters only to a reader that compares xids.
-        visible = ended(Row("pending", number if self.flaw is Flaw.XID_HORIZON else 0))
+        visible = ended(Row("pending", number if Flaw.XID_HORIZON in self.flaws else 0))
         committed = _with_writer(state, number, writer._replace(phase="visible"))
         yield Step(f"{who} commits", committed._replace(rows=visible))
         if state.left.rollbacks:
@@ -199,18 +228,24 @@ class Protocol:
 
     def _buried(self, state: State, name: int) -> State:
         rows, slots = list(state.rows), list(state.slots)
-        if self.flaw is not Flaw.BURY_KEEPS_WAITING:
-            rows = [row._replace(holder=0) if waits(row) and row.holder == name else row for row in rows]
+        if Flaw.BURY_KEEPS_WAITING not in self.flaws:
+            rows = [_suspect(row) if waits(row) and row.holder == name else row for row in rows]
         for number, slot in enumerate(slots):
             if slot.owner == name:
                 claimed = self._claimed(state, name, number)
                 for position in claimed:
                     if position <= slot.suspect_upto:
                         rows[position - 1] = Row("waiting", 0, rows[position - 1].attempts)
-                slots[number] = slot._replace(owner=0, suspect_upto=max(claimed, default=0))
+                slots[number] = slot._replace(owner=0, suspect_upto=max(claimed, default=slot.suspect_upto))
         living, crashed = state.living & ~(1 << name), state.crashed & ~(1 << name)
         claims = put(state.claims, name, 0) if state.claims else ()
         return state._replace(rows=tuple(rows), slots=tuple(slots), living=living, crashed=crashed, claims=claims)
+
+    def _sweep(self, state: State) -> Steps:
+        """Somebody frees, at every start and once a minute, what is claimed by those that nobody has heard of."""
+        for name in {row.holder for row in state.rows if waits(row) and row.holder and not state.lives(row.holder)}:
+            rows = [_suspect(row) if waits(row) and row.holder == name else row for row in state.rows]
+            yield Step(f"what relay {name} still claims is freed", state._replace(rows=tuple(rows)), is_fault=True)
 
     def _claimed(self, state: State, name: int, slot: int) -> list[int]:
         """Returns what a relay has claimed of the fresh messages of a slot, and not settled; if anybody asks."""
@@ -234,11 +269,10 @@ class Protocol:
 
     def _relay(self, state: State, number: int, relay: Relay) -> Steps:
         yield from self._end_of_relay(state, number, relay)
-        alive = state.lives(relay.name)
-        if relay.adrift and alive and (self.flaw is Flaw.REREAD_AT_ONCE or not state.is_committing(relay.name)):
-            yield Step(f"relay {relay.name} rereads what it owns", self._reread(state, number))
+        yield from self._recollect(state, number, relay)
         # A dead one's reads reach nobody: they end at the claim, which finds no row.
-        if not relay.adrift and (alive or self.flaw is Flaw.UNFENCED_CLAIM) and any(lane.epoch for lane in relay.lanes):
+        reads = state.lives(relay.name) or Flaw.UNFENCED_CLAIM in self.flaws
+        if not relay.adrift and reads and any(lane.epoch for lane in relay.lanes):
             yield from self._read(state, number, relay)
         for slot in range(len(relay.lanes)):
             yield from self._lane(state, number, slot)
@@ -246,53 +280,83 @@ class Protocol:
     def _end_of_relay(self, state: State, number: int, relay: Relay) -> Steps:
         """It is killed and comes back, or finds that it was declared dead: no memory, and a new name.
 
-        Whatever a dead one tries in the database ends in the same way, so its other steps there are left out. One that
-        is killed and owns nothing leaves nothing behind: that is left out.
+        It may be long before it finds that out, and what it settles and claims meanwhile is fenced off. One that is
+        killed and owns nothing leaves nothing behind: that is left out.
         """
-        name = state.named + 1
-        fresh = state.with_relay(number, Relay(name, (Lane(),) * len(state.slots)))
+        alive = state.lives(relay.name)
+        if alive and not (state.left.crashes and _owns(state, relay.name)):
+            return
+        name, known = state.named + 1, (Lane(),) * len(state.slots)
+        if Flaw.REREAD_FOR_ANOTHER in self.flaws and not alive:
+            known = tuple(Lane(lane.epoch) for lane in relay.lanes)
+        fresh = state.with_relay(number, Relay(name, known))
         fresh = fresh._replace(named=name, living=state.living | 1 << name)
-        if not state.lives(relay.name):
+        if not alive:
             yield Step(f"relay {relay.name} finds that it was declared dead, and takes the name {name}", fresh)
-        elif state.left.crashes and _owns(state, relay.name):
+        else:
             killed = fresh._replace(left=state.spend("crashes"), crashed=state.crashed | 1 << relay.name)
             yield Step(f"relay {relay.name} is killed, and comes back as {name}", killed, is_fault=True)
 
-    def _reread(self, state: State, number: int) -> State:
-        """Asks the tables for everything but what it has in hand.
+    def _recollect(self, state: State, number: int, relay: Relay) -> Steps:
+        """Rereads what it owns: after an unanswered COMMIT before anything else, and else once a minute, at any time.
 
-        It locks its own row for itself first, and so waits for any transaction of its that may still commit.
+        So does one that was declared dead, under its old name. A read and its claim are one transaction, and no place
+        for it.
         """
-        relay, rows = state.relays[number], state.rows
-        in_hand = relay.in_hand()
-        if self.flaw is not Flaw.REREAD_KEEPS:
-            rows = tuple(
-                row._replace(holder=0) if waits(row) and row.holder == relay.name and n not in in_hand else row
-                for n, row in enumerate(rows, 1)
-            )
-        lanes = tuple(
-            self._relearned(state, n, lane)._replace(epoch=slot.epoch) if slot.owner == relay.name else Lane()
-            for n, (slot, lane) in enumerate(zip(state.slots, relay.lanes, strict=True))
-        )
-        reread = state.with_relay(number, Relay(relay.name, lanes, bound=relay.bound))
-        claims = put(state.claims, relay.name, sum(1 << n for n in in_hand)) if state.claims else ()
-        return reread._replace(rows=rows, claims=claims)
+        waits_for_own = state.is_committing(relay.name) and Flaw.REREAD_AT_ONCE not in self.flaws
+        is_idle = not relay.adrift and not relay.in_hand() and not any(lane.epoch for lane in relay.lanes)
+        if waits_for_own or is_idle or relay.reader.phase == "rows":
+            return
+        reread = self._reread(state, number)
+        if reread != state:
+            yield Step(f"relay {relay.name} rereads what it owns", reread, is_fault=not relay.adrift)
 
-    def _relearned(self, state: State, slot: int, lane: Lane) -> Lane:
+    def _reread(self, state: State, number: int) -> State:
+        """Asks the tables for everything but what it has in hand, which it claims once more if it lives.
+
+        It locks its own row for itself first, and so waits for any transaction of its that may still commit. Of a slot
+        that is another's it keeps in hand what it has.
+        """
+        relay, alive = state.relays[number], state.lives(state.relays[number].name)
+        waited = [position for lane in relay.lanes for position in lane.waited]
+        holds_on = alive or Flaw.UNFENCED_REREAD in self.flaws
+
+        def claimed(position: int, row: Row) -> Row:
+            if not waits(row) or row.holder not in {0, relay.name}:
+                return row
+            if position in waited:
+                return row._replace(holder=relay.name) if holds_on else row
+            return row if Flaw.REREAD_KEEPS in self.flaws else row._replace(holder=0)
+
+        state = state._replace(rows=tuple(claimed(n, row) for n, row in enumerate(state.rows, 1)))
+        lanes = tuple(self._relearned(state, relay, n) for n in range(len(state.slots)))
+        reread = state.with_relay(number, Relay(relay.name, lanes))
+        if not state.claims or not alive:
+            return reread
+        return reread._replace(claims=put(state.claims, relay.name, sum(1 << n for n in relay.in_hand())))
+
+    def _relearned(self, state: State, relay: Relay, slot: int) -> Lane:
         """Finds out what is blocked and parked, also by what is yet to be settled, which no table tells.
 
-        What is in hand does not block: fresh messages may be queued behind it, and none may go behind past those.
+        What fresh messages are in hand of is not blocked by what waits: that came back, and is not before them.
         """
-        in_hand = () if self.flaw is Flaw.REREAD_BLOCKS else lane.in_hand()
-        blocked = any(waits(row) and n not in in_hand for n, row in self._of(state, slot))
-        parked = self._parked(state, slot)
-        if self.flaw is not Flaw.REREAD_TABLES_ONLY:
-            blocked |= lane.failed == "again" or (bool(lane.aside) and not lane.parked)
-            parked = parked or (lane.parked if lane.failed or lane.aside else 0)
-        return lane._replace(blocked=blocked, parked=parked)
+        lane, (owner, epoch, _) = relay.lanes[slot], state.slots[slot]
+        blocked, parked = False, 0
+        if Flaw.REREAD_TABLES_ONLY not in self.flaws:
+            blocked = lane.failed == "again" or (bool(lane.aside) and not lane.parked)
+            parked = lane.parked if lane.failed or lane.aside else 0
+        if owner != relay.name:
+            return lane._replace(epoch=0, draining=False, emptied=False, blocked=blocked, parked=parked)
+        if Flaw.REREAD_BLOCKS in self.flaws:
+            blocked |= any(waits(row) for _, row in self._of(state, slot))
+        elif lane.waited == lane.in_hand():
+            blocked |= self._is_blocked(state, slot, relay.name)
+        return lane._replace(epoch=epoch, blocked=blocked, parked=self._parked(state, slot) or parked)
 
-    def _is_blocked(self, state: State, slot: int) -> bool:
-        return any(waits(row) for _, row in self._of(state, slot))
+    def _is_blocked(self, state: State, slot: int, name: int) -> bool:
+        """Whether anything waits that this relay has not in hand."""
+        holders = {row.holder for _, row in self._of(state, slot) if waits(row)}
+        return 0 in holders if Flaw.OTHERS_DO_NOT_BLOCK in self.flaws else not holders <= {name}
 
     def _parked(self, state: State, slot: int) -> int:
         """Returns the dead letter that a lane is parked behind, also if it is one no more."""
@@ -307,7 +371,7 @@ class Protocol:
     # --- reading -----------------------------------------------------------------------------------------
 
     def _read(self, state: State, number: int, relay: Relay) -> Steps:
-        is_bound = self.flaw not in {Flaw.BARE_CURSOR, Flaw.XID_HORIZON}
+        is_bound = Flaw.BARE_CURSOR not in self.flaws and Flaw.XID_HORIZON not in self.flaws
         if relay.reader.phase != "rows" and is_bound:
             yield from self._raise_bound(state, number, relay)
         if relay.reader.phase == "idle":
@@ -321,7 +385,9 @@ class Protocol:
         who_writes, the_last = f"who holds the lock: {names_of(writers)}", f"the last position: {last}"
         rest = self._still(reader.writers, writers)
         if reader.phase == "idle" and last > relay.bound:
-            if self.flaw is Flaw.LOCKS_BEFORE_POSITION:
+            if self.prompt:  # nobody would be waited for
+                what, after = the_last, _bounded(relay, last, 0)
+            elif Flaw.LOCKS_BEFORE_POSITION in self.flaws:
                 what, after = who_writes, relay._replace(reader=Reader("locks", writers=writers))
             else:
                 what, after = the_last, relay._replace(reader=Reader("last", last))
@@ -338,7 +404,7 @@ class Protocol:
     def _still(self, waited_for: int, writers: int) -> int:
         """A prepared transaction that appears when a regular one vanishes may be the same under another name."""
         rest, regular = waited_for & writers, (1 << PREPARED) - 1
-        if waited_for & ~writers & regular and self.flaw is not Flaw.PREPARED_IGNORED:
+        if waited_for & ~writers & regular and Flaw.PREPARED_IGNORED not in self.flaws:
             rest |= writers & ~regular
         return rest
 
@@ -359,7 +425,7 @@ class Protocol:
         row, lane = state.rows[position - 1], relay.lanes[self.keys[position - 1]]
         if row.place != "pending" or not lane.epoch or lane.draining:
             return False
-        if self.flaw is not Flaw.XID_HORIZON:
+        if Flaw.XID_HORIZON not in self.flaws:
             return True
         running = [writer.xid for writer in state.writers if writer.phase == "open" and writer.xid]
         return state.writers[row.holder].xid < min(running, default=len(state.writers) + 1)
@@ -384,7 +450,7 @@ class Protocol:
     def _lane(self, state: State, number: int, slot: int) -> Steps:
         relay = state.relays[number]
         lane = relay.lanes[slot]
-        if lane.epoch:
+        if lane.epoch or lane.in_hand():
             yield from self._deliver(state, number, slot)
         if relay.adrift:
             return
@@ -403,13 +469,13 @@ class Protocol:
         still commit has the slot locked, and others pass it over.
         """
         relay = state.relays[number]
-        is_reading = relay.reader.phase == "rows" and self.flaw is not Flaw.GAIN_DURING_READ
+        is_reading = relay.reader.phase == "rows" and Flaw.GAIN_DURING_READ not in self.flaws
         is_locked = state.late is not None and (state.late.kind, state.late.slot) == ("gain", slot)
         if state.slots[slot].owner or is_reading or is_locked:
             return
-        blocked = self._is_blocked(state, slot) and self.flaw is not Flaw.GAIN_WITHOUT_BLOCKED
+        blocked = self._is_blocked(state, slot, relay.name) and Flaw.GAIN_WITHOUT_BLOCKED not in self.flaws
         lane = Lane(state.slots[slot].epoch + 1, blocked=blocked, parked=self._parked(state, slot))
-        cursor = relay.cursor if self.flaw is Flaw.GAIN_WITHOUT_REWIND else 0
+        cursor = relay.cursor if Flaw.GAIN_WITHOUT_REWIND in self.flaws else 0
         after = relay._replace(lanes=put(relay.lanes, slot, lane), cursor=cursor)
         yield from self._transact(state, number, Transaction("gain", relay.name, slot), after, f"gains slot {slot}")
 
@@ -443,14 +509,16 @@ class Protocol:
         """Blocks or parks the lane at once: what is read from now on finds it so."""
         queue = () if lane.draining else lane.flight[lane.accepted + 1 :] + lane.queue
         lane = lane._replace(flight=lane.flight[: lane.accepted + 1])
+        if lane.draining:
+            lane = lane.with_what_is_in_hand()
         if state.rows[position - 1].attempts + 1 < self.tries:
-            blocked = lane.blocked or self.flaw is not Flaw.BLOCK_AFTER_SETTLE
+            blocked = lane.blocked or Flaw.BLOCK_AFTER_SETTLE not in self.flaws
             lane = lane._replace(failed="again", blocked=blocked)
         elif self.on_failure == "park":
             lane = lane._replace(failed="given up", parked=position)
         else:
             return lane._replace(failed="given up", queue=queue)
-        if self.flaw is Flaw.LEAVES_FOLLOWERS:
+        if Flaw.LEAVES_FOLLOWERS in self.flaws:
             return lane._replace(queue=queue)
         return lane._replace(queue=(), followers=queue)
 
@@ -465,9 +533,9 @@ class Protocol:
         delivered, failed = lane.flight[: lane.accepted], lane.flight[lane.accepted] if lane.failed else 0
         again = lane.failed == "again"
         rest = lane._replace(flight=(), accepted=0, failed="", followers=(), blocked=lane.blocked or again)
-        if self.flaw is Flaw.UNBLOCK_AFTER_HEAD and not failed:
+        if Flaw.UNBLOCK_AFTER_HEAD in self.flaws and not failed:
             rest = rest._replace(blocked=False)
-        after = relay._replace(lanes=put(relay.lanes, slot, rest))
+        after = relay._replace(lanes=put(relay.lanes, slot, rest.with_what_is_in_hand()))
         head = failed if failed and lane.parked == failed else 0
         commit = Transaction("settle", relay.name, slot, lane.epoch, delivered, failed, again, lane.followers, head)
         what = f"settles: {listed(delivered)} delivered" + (f", {failed} {lane.failed}" if failed else "")
@@ -481,9 +549,9 @@ class Protocol:
         """
         relay = state.relays[number]
         lane = relay.lanes[slot]
-        if lane.failed and self.flaw is not Flaw.MOVE_BEFORE_HEAD:
+        if lane.failed and Flaw.MOVE_BEFORE_HEAD not in self.flaws:
             return
-        after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(aside=())))
+        after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(aside=()).with_what_is_in_hand()))
         commit = Transaction("behind", relay.name, slot, lane.epoch, followers=lane.aside, head=lane.parked)
         yield from self._transact(state, number, commit, after, f"moves {listed(lane.aside)} behind")
 
@@ -492,14 +560,15 @@ class Protocol:
         relay = state.relays[number]
         lane = relay.lanes[slot]
         waiting = [(n, row) for n, row in self._of(state, slot) if waits(row)]
-        if self.flaw is Flaw.DUE_BY_TIME:
+        if Flaw.DUE_BY_TIME in self.flaws:
             waiting.sort(key=lambda one: (one[1].place == "behind", one[0] if one[1].place == "behind" else -one[0]))
         # Of a parked lane, what was redriven waits for the rest, which is still to be unparked.
-        is_ready = lane.blocked and not lane.parked
-        if self.flaw is Flaw.TAKE_WHILE_PARKED:
+        is_due = any(row.place == "waiting" and not row.holder for _, row in waiting)
+        is_ready = (lane.blocked or is_due) and not lane.parked
+        if Flaw.TAKE_WHILE_PARKED in self.flaws:
             is_ready = lane.blocked or bool(lane.parked)
         # What is moved behind once more, after an unanswered COMMIT, must not be in hand as a waiting message by then.
-        is_moving = lane.aside and self.flaw is not Flaw.TAKE_BEFORE_SETTLED
+        is_moving = lane.aside and Flaw.TAKE_BEFORE_SETTLED not in self.flaws
         if not is_ready or is_moving or lane.flight or lane.queue or not waiting or waiting[0][1].holder:
             return
         count = 1
@@ -507,10 +576,20 @@ class Protocol:
             count = next(
                 (n for n, (_, row) in enumerate(waiting) if row != Row("behind", 0, row.attempts)), len(waiting)
             )
-        rows = tuple(position for position, _ in waiting[:count][: self.limit])
-        after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(queue=rows, blocked=True)))
+        upto = self._read_so_far(relay)
+        rows = tuple(position for position, _ in waiting[:count][: self.limit] if position <= upto)
+        if not rows:
+            return
+        taken = lane._replace(queue=rows, waited=rows, blocked=True)
+        after = relay._replace(lanes=put(relay.lanes, slot, taken))
         commit = Transaction("take", relay.name, slot, lane.epoch, rows)
         yield from self._transact(state, number, commit, after, f"claims {listed(rows)}, which waited")
+
+    def _read_so_far(self, relay: Relay) -> int:
+        """Returns how far waiting messages are claimed: fresh ones below were read, fell in behind and were settled."""
+        if Flaw.TAKE_UNREAD in self.flaws or relay.cursor >= relay.bound > 0:
+            return len(self.keys)
+        return relay.cursor
 
     def _unblock(self, state: State, number: int, slot: int) -> Steps:
         """Nothing is left but what is in hand, and nothing is on its way there: a failure, or what was read.
@@ -519,10 +598,10 @@ class Protocol:
         """
         relay = state.relays[number]
         lane = relay.lanes[slot]
-        is_moving = lane.failed == "again" or (lane.aside and self.flaw is not Flaw.UNBLOCK_DURING_MOVE)
-        left = any(waits(row) and not row.holder for _, row in self._of(state, slot))
+        is_moving = lane.failed == "again" or (lane.aside and Flaw.UNBLOCK_DURING_MOVE not in self.flaws)
+        left = self._is_blocked(state, slot, relay.name)
         if lane.blocked and not left and not is_moving:
-            if self.flaw is Flaw.UNBLOCK_LATE and not lane.emptied:
+            if Flaw.UNBLOCK_LATE in self.flaws and not lane.emptied:
                 what = f"relay {relay.name} finds nothing left that waits"
                 yield Step(what, state.with_lane(number, slot, lane._replace(emptied=True)))
             else:
@@ -547,10 +626,11 @@ class Protocol:
         relay = state.relays[number]
         lane = relay.lanes[slot]
         if lane.epoch and not lane.draining and state.left.handovers:
-            draining = state.with_lane(number, slot, lane._replace(draining=True, queue=(), aside=()))
+            rest = lane._replace(draining=True, queue=(), aside=()).with_what_is_in_hand()
+            draining = state.with_lane(number, slot, rest)
             what = f"relay {relay.name} is to hand over slot {slot}"
             yield Step(what, draining._replace(left=state.spend("handovers")), is_fault=True)
-        is_busy = lane.flight and self.flaw is not Flaw.NO_DRAINING
+        is_busy = lane.flight and Flaw.NO_DRAINING not in self.flaws
         if lane.draining and not is_busy and relay.reader.phase != "rows" and not state.is_committing(relay.name):
             # Without draining the delivery goes on; its settling will find that the slot is another's.
             rest = lane if lane.flight else Lane()
@@ -563,7 +643,7 @@ class Protocol:
     def _transact(self, state: State, number: int, commit: Transaction, after: Relay, what: str) -> Steps:
         """A transaction that commits; or whose COMMIT is not answered, so that it may come now, later or never."""
         what, alive = f"relay {commit.name} {what}", state.lives(commit.name)
-        if self._is_allowed(state, commit):
+        if self._is_allowed(state, state.relays[number], commit):
             yield Step(what, self._commit(state, commit).with_relay(number, after))
             if alive and state.left.unanswered and not state.late:
                 yield Step(
@@ -579,18 +659,22 @@ class Protocol:
         adrift = state.with_relay(number, relay._replace(reader=Reader(), adrift=True))
         return adrift._replace(left=state.spend("unanswered"), late=commit)
 
-    def _is_allowed(self, state: State, commit: Transaction) -> bool:
-        """The fence: its own row is there, and to settle, the slot is its own in the same epoch."""
+    def _is_allowed(self, state: State, relay: Relay, commit: Transaction) -> bool:
+        """The fence: its own row is there and, to settle, all slots that it believes in are its own in that epoch."""
         alive, (owner, epoch, _) = state.lives(commit.name), state.slots[commit.slot]
         match commit.kind:
             case "settle" | "behind":
-                return self.flaw is Flaw.UNFENCED_SETTLE or (alive and (owner, epoch) == (commit.name, commit.epoch))
+                known = [n for n, lane in enumerate(relay.lanes) if lane.epoch]
+                owned = all(state.slots[n][:2] == (commit.name, relay.lanes[n].epoch) for n in known)
+                if Flaw.SETTLE_WITHOUT_SLOTS in self.flaws and not known:
+                    return True
+                return Flaw.UNFENCED_SETTLE in self.flaws or (alive and owned)
             case "release":
                 return alive and (owner, epoch) == (commit.name, commit.epoch)
             case "claim":
-                return alive or self.flaw is Flaw.UNFENCED_CLAIM
+                return alive or Flaw.UNFENCED_CLAIM in self.flaws
             case "take":
-                return alive or self.flaw is Flaw.UNFENCED_TAKE
+                return alive or Flaw.UNFENCED_TAKE in self.flaws
             case "gain" | "unpark":
                 return alive
 
@@ -601,7 +685,7 @@ class Protocol:
                 gained = slot._replace(owner=commit.name, epoch=slot.epoch + 1)
                 return state._replace(slots=put(state.slots, commit.slot, gained))
             case "release":
-                slots = put(state.slots, commit.slot, slot._replace(owner=0, suspect_upto=0))
+                slots = put(state.slots, commit.slot, slot._replace(owner=0))
                 return state._replace(slots=slots, rows=self._released(state, commit))
             case "take":
                 rows = tuple(
@@ -617,7 +701,7 @@ class Protocol:
                 return self._settled(state, commit)
 
     def _released(self, state: State, commit: Transaction) -> tuple[Row, ...]:
-        if self.flaw is Flaw.RELEASE_KEEPS:
+        if Flaw.RELEASE_KEEPS in self.flaws:
             return state.rows
         return tuple(
             row._replace(holder=0) if waits(row) and row.holder == commit.name and key == commit.slot else row
@@ -630,7 +714,8 @@ class Protocol:
         moved = (*commit.rows, *([commit.failed] if commit.failed else []), *commit.followers)
         for position in moved:
             row = rows[position - 1]
-            if row.place == "pending" or (waits(row) and row.holder == commit.name):
+            # What was delivered is not to be delivered again, whoever has claimed it since.
+            if row.place == "pending" or (waits(row) and (row.holder == commit.name or position in commit.rows)):
                 rows[position - 1] = _outcome(row, position, commit)
         if commit.head and commit.kind == "settle":
             for position, row in self._of(state, commit.slot):
@@ -652,6 +737,11 @@ def _outcome(row: Row, position: int, commit: Transaction) -> Row:
     if position in commit.followers:
         return Row("parked", commit.head, row.attempts) if commit.head else Row("behind", 0, row.attempts)
     return Row("waiting" if commit.again else "dead", 0, row.attempts + 1)
+
+
+def _suspect(row: Row) -> Row:
+    """Frees what a dead relay has claimed; it may have died of it, so it is tried alone."""
+    return Row("waiting", 0, row.attempts)
 
 
 def _is_dead(row: Row) -> bool:

@@ -1,6 +1,6 @@
 """Every interleaving of the protocol of order="key" in small worlds keeps its promises, and with any part wrong, not.
 
-`python -m tests.protocol` goes through larger worlds.
+What is in the model and what is not is told in `model.py`. `python -m tests.protocol` goes through larger worlds.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pytest
 from tests.protocol.explorer import Report, Step, explore
 from tests.protocol.model import Protocol
 from tests.protocol.world import Faults, Flaw, State, waits
-from tests.protocol.worlds import FLAWED, SMALL, THREE, TWO_AND_ONE
+from tests.protocol.worlds import FLAWED, HARMLESS, SMALL, THREE, TWO_AND_ONE
 
 # --- the protocol -----------------------------------------------------------------------------------------
 
@@ -23,28 +23,40 @@ def test_whatever_happens_in_whatever_order_every_promise_is_kept(protocol: Prot
     assert report.counterexample is None, str(report)
 
 
-@pytest.mark.parametrize(("broken", "protocol"), FLAWED, ids=[f"{p.flaw and p.flaw.name}: {b}" for b, p in FLAWED])
+def _names(protocol: Protocol) -> str:
+    return " and ".join(flaw.name for flaw in protocol.flaws)
+
+
+@pytest.mark.parametrize(("broken", "protocol"), FLAWED, ids=[f"{_names(p)}: {b}" for b, p in FLAWED])
 def test_a_protocol_with_a_flaw_breaks_a_promise(broken: str, protocol: Protocol) -> None:
     report = protocol.check()
     print(report)
-    assert report.counterexample is not None, f"not refuted: {protocol.flaw}"
+    assert report.counterexample is not None, f"not refuted: {protocol.flaws}"
     assert report.counterexample.broken == broken
 
 
 def test_every_flaw_is_tried() -> None:
-    assert {protocol.flaw for _, protocol in FLAWED} == set(Flaw)
+    protocols = [protocol for _, protocol in FLAWED] + HARMLESS
+    assert {flaw for protocol in protocols for flaw in protocol.flaws} == set(Flaw)
 
 
-_SOUND = dict.fromkeys(replace(protocol, flaw=None) for _, protocol in FLAWED)
+@pytest.mark.parametrize("protocol", HARMLESS, ids=map(_names, HARMLESS))
+def test_a_flaw_that_something_else_catches_does_no_harm_by_itself(protocol: Protocol) -> None:
+    report = protocol.check()
+    assert report.counterexample is None, str(report)
 
 
-@pytest.mark.parametrize("protocol", [protocol for protocol in _SOUND if protocol not in SMALL.values()])
+_SOUND = dict.fromkeys(replace(protocol, flaws=()) for _, protocol in FLAWED)
+_TRIED = [*SMALL.values(), *(replace(protocol, flaws=()) for protocol in HARMLESS)]
+
+
+@pytest.mark.parametrize("protocol", [protocol for protocol in _SOUND if protocol not in _TRIED])
 def test_without_the_flaw_the_same_world_keeps_its_promises(protocol: Protocol) -> None:
     assert protocol.check().counterexample is None
 
 
 def test_no_fence_can_keep_a_relay_that_slept_from_delivering_what_its_heir_has_given_up() -> None:
-    report = Protocol(Faults(expiries=1, failures=1), tries=1, strict=True).check()
+    report = Protocol(Faults(expiries=1, failures=1), tries=1, prompt=True, strict=True).check()
     assert report.counterexample is not None
     assert report.counterexample.broken == "out of order"
     given_up = report.counterexample.state.rows[0]

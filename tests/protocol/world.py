@@ -37,11 +37,16 @@ class Flaw(Enum):
     TAKE_BEFORE_SETTLED = "claims waiting messages of a lane while others of it are yet to be moved there"
     DUE_BY_TIME = "claims the waiting messages of a lane as they fall due, not as they are numbered"
     TAKE_WHILE_PARKED = "claims what was redriven before the rest of the parked lane waits again"
+    TAKE_UNREAD = "claims waiting messages beyond what it has read"
     BURY_KEEPS_WAITING = "declares a relay dead, and leaves its waiting messages claimed"
     REREAD_AT_ONCE = "after an unanswered COMMIT does not wait for what may still be committing"
     REREAD_TABLES_ONLY = "after an unanswered COMMIT forgets the lanes blocked by what is yet to be settled"
     REREAD_BLOCKS = "after an unanswered COMMIT takes a lane for blocked of which all that waits is in hand"
     REREAD_KEEPS = "after an unanswered COMMIT keeps waiting messages claimed that it does not know to hold"
+    REREAD_FOR_ANOTHER = "is declared dead while it rereads, and has the answer count for its new name"
+    UNFENCED_REREAD = "claims what it has in hand once more without a look at its own row"
+    SETTLE_WITHOUT_SLOTS = "settles without a look at anything when it knows of no slots"
+    OTHERS_DO_NOT_BLOCK = "takes a lane for free of which all that waits is claimed, by whomever"
 
 
 class Row(NamedTuple):
@@ -86,8 +91,18 @@ class Lane(NamedTuple):
     """The dead letter that the others are parked behind."""
     draining: bool = False
 
+    waited: tuple[int, ...] = ()
+    """Those in hand that had been waiting, and are claimed in outbox_waiting; all others are fresh."""
+
     def in_hand(self) -> tuple[int, ...]:
         return self.queue + self.flight + self.followers + self.aside
+
+    def with_what_is_in_hand(self) -> "Lane":
+        """Forgets which of those had been waiting that are in hand no more."""
+        if not self.waited:
+            return self
+        in_hand = self.in_hand()
+        return self._replace(waited=tuple(position for position in self.waited if position in in_hand))
 
 
 class Reader(NamedTuple):
