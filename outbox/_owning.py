@@ -633,6 +633,8 @@ class Owning:
             self._is_stale = True
         if self._is_stale:
             return
+        if self._known != self._doubts:  # a server that crashed may have forgotten whose they are
+            await connection.execute(self._lane_queries.hold_on, settlement.owner, self._lanes.waiting)
         if settlement.postponed or settlement.buried:
             # What is to come in order goes by where the head is. A crash of the server must not put it back.
             await connection.execute(self._lane_queries.durable)
