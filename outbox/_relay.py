@@ -154,7 +154,8 @@ class Relay:
         """Delivers one batch, if there is one, and returns how many messages were delivered.
 
         Fresh messages come first, then those that are due again, then the suspects of a crash, one by one. What
-        fails waits for its next attempt, as in `run`. It may be called while `run` is running, here or elsewhere.
+        fails waits for its next attempt, as in `run`. It may be called while `run` is running, here or elsewhere;
+        where an order is kept it then delivers nothing, since what there is belongs to the others.
 
         Raises:
             SchemaError: When the tables are missing, older or newer than this version of the library.

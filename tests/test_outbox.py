@@ -490,6 +490,8 @@ async def whole_life(outbox: Outbox, connection: Connection, pool: asyncpg.Pool[
     await outbox.mark_dispatched(connection, again)
     await outbox.remove(connection, delayed)
     assert await outbox.cleanup(connection, timedelta(), 10) == 1
+    await outbox.persist(connection, Message("ordered", topic="t", key="a"))
+    assert await Relay(outbox, pool, Destination("ordered"), order="key").run_once() == 1
     await outbox.clear(connection)
 
 
