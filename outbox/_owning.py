@@ -57,6 +57,8 @@ class _Reading:
     """Lanes of which no message is waiting any more that is not in hand."""
     departed: set[int] = field(default_factory=set)
     """Heads of parked lanes that are dead letters no more."""
+    before_head: int = HIGHEST
+    """Where all messages are one lane, and it is blocked: the position before the first that waits."""
 
 
 @dataclass(slots=True)
@@ -343,12 +345,12 @@ class Owning:
 
     async def _read(self, connection: Connection, reading: _Reading, room: Room) -> None:
         slots = self._slots.at_work
-        if room.messages < 1 or room.bytes < 1 or not slots or self._is_stuck:
+        if room.messages < 1 or room.bytes < 1 or not slots:
             return
         if self._cursor >= self._horizon.bound:
             await self._look_ahead(connection)
             reading.cursor = self._cursor
-        bound = self._horizon.bound
+        bound = min(self._horizon.bound, await self._before_head(connection, reading))
         if self._cursor >= bound:
             return
         in_hand = list(self._lanes.held) if self._cursor < self._read_upto else []
@@ -387,7 +389,7 @@ class Owning:
         if room.messages < 1 or room.bytes < 1 or not slots:
             return bool(slots)
         queries, mask, owner = self._lane_queries, mask_of(slots), reading.owner
-        read_so_far = await self._read_so_far(connection, reading)
+        read_so_far = self._read_so_far(reading)
         reading.free, more = await self._due.claim(connection, owner, room, mask)
         room = Room(room.messages - len(reading.free), room.bytes)
         if room.messages:
@@ -399,24 +401,20 @@ class Owning:
             reading.suspect = await connection.fetchrow(queries.claim_crash_suspect, owner, mask, read_so_far)
         return more
 
-    async def _read_so_far(self, connection: Connection, reading: _Reading) -> int:
+    def _read_so_far(self, reading: _Reading) -> int:
         """Returns up to which position a lane may be claimed from: what is fresh below it was read, and fell in behind.
 
         So whoever takes over a slot finds the lowest of a lane first, wherever it is.
         """
-        if self._is_stuck:  # nothing is read, so nothing falls in
-            lowest = await connection.fetchval(self._queries.lowest_fresh, self._cursor, HIGHEST)
-            if lowest is None:
-                return HIGHEST
-            reading.cursor = lowest - 1
-            return reading.cursor
         cursor = self._cursor if reading.rows else reading.cursor  # what this claim has read has not fallen in yet
-        return HIGHEST if cursor >= self._horizon.bound > LOWEST else cursor
+        return HIGHEST if cursor >= min(self._horizon.bound, reading.before_head) > LOWEST else cursor
 
-    @property
-    def _is_stuck(self) -> bool:
-        """Whether all messages are behind one head."""
-        return self._slots.is_one and bool(self._blocked)
+    async def _before_head(self, connection: Connection, reading: _Reading) -> int:
+        """Returns up to where to read while all messages are behind one head: what comes after it need not fall in."""
+        if self._slots.is_one and self._blocked:
+            head = await connection.fetchval(self._lane_queries.head, next(iter(self._blocked)))
+            reading.before_head = HIGHEST if head is None else head - 1
+        return reading.before_head
 
     async def _claim_lanes(self, connection: Connection, reading: _Reading, room: Room, read_so_far: int) -> None:
         slots = self._slots.at_work

@@ -550,6 +550,7 @@ class LaneQueries:
             FROM next WHERE w.position = next.position
             RETURNING {_HELD}, w.lane"""
 
+        self.head = f"SELECT position FROM {waiting} WHERE lane = $1 ORDER BY position LIMIT 1"
         self.lanes_left = f"""
             SELECT lane FROM unnest($2::bigint[]) AS asked (lane)
             WHERE EXISTS (SELECT FROM {waiting} AS w WHERE w.lane = asked.lane AND owner IS DISTINCT FROM $1)"""

@@ -271,6 +271,30 @@ async def test_what_was_given_up_stays_so_though_the_server_forgot_whose_it_was(
         assert [letter.message.position for letter in await outbox.dead_letters(connection)] == [1]
 
 
+@pytest.mark.parametrize("ordering", ["key", "total"])
+async def test_what_is_fresh_below_a_head_goes_before_it(
+    ordering: Literal["key", "total"], connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
+) -> None:
+    first, second = [await hands(outbox, await connect(), ordering=ordering, batch_size=1) for _ in range(2)]
+    await first.join()
+    await write(outbox, connection, 4)
+    await first.claim()
+    for position in (1, 2):
+        batch = first.take()
+        if position == 1:
+            first.owning.delivered(batch, batch.messages)
+            first.owning.done(batch, [])
+        else:
+            first.fail(batch, Postponed(2, _AT_ONCE, 1))
+    table = f"{outbox.schema}.outbox"
+    await connection.execute(f"CREATE TABLE {table}_copy AS SELECT * FROM {table} WHERE position = 1")  # noqa: S608 -- ours
+    await first.settle()
+    # A server that crashed may have forgotten that it was delivered.
+    await connection.execute(f"INSERT INTO {table} SELECT * FROM {table}_copy")  # noqa: S608 -- our own schema
+    await second.take_over(first)
+    assert await second.work(12) == [1, 2, 3, 4]
+
+
 async def test_when_a_head_was_removed_by_hand_all_goes_on(
     connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
 ) -> None:
