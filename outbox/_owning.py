@@ -444,6 +444,8 @@ class Owning:
         departed = [row["head"] for row in rows]
         reading.departed |= set(departed)
         if departed:
+            # What came back is given up again behind another head, perhaps: a crash must not put it behind this one.
+            await connection.execute(self._lane_queries.durable)
             await connection.execute(self._lane_queries.unpark, reading.owner, departed)
             self._next_due = 0.0
         self._next_departed = after(started, _DEPARTED_SECONDS)

@@ -11,13 +11,22 @@ What happens once a minute may happen at any moment too, but nobody may count on
 
 In the model: late, prepared and lost commits of writers; the horizon; claims, settlements, lanes that are blocked and
 parked; gains, handovers and leases; crashes of relays, and their suspects; COMMITs without an answer that come late,
-or never; rereading at any time; how far a lane is claimed.
+or never; rereading at any time; how far a lane is claimed; crashes of the server.
 
-Not in the model: crashes of the server, with commits it forgets; order="total", messages without a key, on_failure
-"skip"; more than one lane in a slot, and more than two writers; writers that are passed over; messages that wait and
-are claimed while fresh ones of their lane are in hand; a relay that has renamed itself while its former delivery is
-under way, which gains nothing until that has ended; attempts that are counted when a suspect is claimed; sizes,
-batches of several lanes, free slots of which a relay takes more than one at once, and how many are its fair share.
+A crash of the server ends all connections and open transactions. Relays go on with what they remember: they deliver and
+settle what they have in hand, and reread before they claim again. It may also forget the last commits, one or many, but
+none before one that was durable: those of writers and operators, gains, handovers, and settlements of which anything
+fails or falls in behind. So it may forget claims, settlements of what was delivered, unparking, and that a relay was
+declared dead or has taken a new name.
+
+Not in the model: writers that commit without durability, and positions that a crash of the server has given out once
+more; relays that start again because of one, or fail over to a standby that is behind; order="total", messages without
+a key, on_failure "skip"; more than one lane in a slot, and more than two writers; writers that are passed over;
+messages that wait and are claimed while fresh ones of their lane are in hand; a relay that has renamed itself while its
+former delivery is under way, which gains nothing until that has ended; attempts that are counted when a suspect is
+claimed; lanes that are parked behind more than one dead letter, or have messages waiting before it, as a crash of the
+server may leave one that was redriven; sizes, batches of several lanes, free slots of which a relay takes more than one
+at once, and how many are its fair share.
 """
 
 from collections.abc import Iterator
@@ -87,8 +96,8 @@ class Protocol:
         """Returns the beginning: the first relay owns all slots, which is no loss as the relays are all alike."""
         slots = max(self.keys) + 1
         others = [Relay(name, (Lane(),) * slots) for name in range(2, self.relays + 1)]
-        names = self.relays + self.faults.expiries + self.faults.crashes
-        return State(
+        names = self.relays * (1 + self.faults.server_crashes) + self.faults.expiries + self.faults.crashes
+        start = State(
             writers=(Writer(),) * len(self.writers),
             rows=(Row("free"),) * len(self.keys),
             slots=(Slot(owner=1, epoch=1),) * slots,
@@ -98,6 +107,7 @@ class Protocol:
             living=sum(1 << name for name in range(1, self.relays + 1)),
             claims=(0,) * (names + 1) if self.suspects else (),
         )
+        return start._replace(saved=frozenset([start.database()])) if self.faults.server_crashes else start
 
     # --- what must hold ----------------------------------------------------------------------------------
 
@@ -115,6 +125,7 @@ class Protocol:
             all(
                 row.place in {"gone", "dead", "lost"}
                 or (row.place == "parked" and state.rows[row.holder - 1].place == "dead")
+                or (row.place == "free" and all(writer.phase == "ended" for writer in state.writers))
                 for row in state.rows
             )
             and not any(relay.in_hand() for relay in state.relays)
@@ -134,13 +145,40 @@ class Protocol:
 
     def _is_faulty(self, state: State) -> bool:
         """Whether anything has happened yet that may leave a delivery unsettled."""
-        left, most = state.left, self.faults
-        return (left.expiries, left.crashes, left.unanswered) != (most.expiries, most.crashes, most.unanswered)
+        return _unsettling(state.left) != _unsettling(self.faults)
 
     # --- what may happen ---------------------------------------------------------------------------------
 
     def steps(self, state: State) -> Steps:
         """Goes through what may happen next."""
+        return self._with_crashes(state) if state.left.server_crashes else self._steps(state)
+
+    def _with_crashes(self, state: State) -> Steps:
+        """Keeps with each step the tables as a crash of the server may leave them.
+
+        After a durable commit, which has left `saved` empty, that is as they are; after any other also as they were.
+        """
+        for step in self._steps(state):
+            saved, now = step.state.saved, step.state.database()
+            yield step if now in saved else step._replace(state=step.state._replace(saved=saved | {now}))
+        yield from self._crash_server(state)
+
+    def _crash_server(self, state: State) -> Steps:
+        """Loses the last commits that were not durable, one or many, and all connections; relays keep their memory."""
+        relays = tuple(relay._replace(reader=Reader(), adrift=True) for relay in state.relays)
+        writers = tuple(Writer("ended") if writer.phase in {"open", "visible"} else writer for writer in state.writers)
+        crashed = state._replace(relays=relays, writers=writers, late=None, saved=frozenset())
+        crashed = crashed._replace(left=state.spend("server_crashes"))
+        for then in state.saved:
+            rows = tuple(_after_crash(*row, writers) for row in zip(state.rows, then.rows, strict=True))
+            after = crashed._replace(rows=rows, slots=then.slots, living=then.living, claims=then.claims)
+            if crashed.left.server_crashes:
+                after = after._replace(saved=frozenset([after.database()]))
+            is_same = then == state.database()
+            lost = "" if is_same else ", and commits are lost"
+            yield Step(f"the server crashes{lost}", after, is_fault=True)
+
+    def _steps(self, state: State) -> Steps:
         for number in range(len(state.writers)):
             yield from self._write(state, number)
         for name in range(1, state.named + 1):
@@ -180,7 +218,7 @@ class Protocol:
             written = _with_writer(state, number, Writer("ended", count))
             yield Step(
                 f"writer {'AB'[number]} writes {listed(tuple(range(last + 1, last + count + 1)))}",
-                written._replace(rows=rows),
+                written._replace(rows=rows, saved=frozenset()),
             )
 
     def _insert(self, state: State, number: int) -> Steps:
@@ -202,13 +240,14 @@ class Protocol:
         # Who wrote it matters only to a reader that compares xids.
         visible = ended(Row("pending", number if Flaw.XID_HORIZON in self.flaws else 0))
         committed = _with_writer(state, number, writer._replace(phase="visible"))
-        yield Step(f"{who} commits", committed._replace(rows=visible))
+        yield Step(f"{who} commits", committed._replace(rows=visible, saved=frozenset()))
         if state.left.rollbacks:
             lost = _with_writer(state, number, writer._replace(phase="ended"))
             lost = lost._replace(rows=ended(Row("lost")), left=state.spend("rollbacks"))
             yield Step(f"{who} rolls back", lost, is_fault=True)
         if self.prepares and writer.phase == "open":
-            yield Step(f"{who} prepares its commit", _with_writer(state, number, writer._replace(phase="prepared")))
+            prepared = _with_writer(state, number, writer._replace(phase="prepared"))
+            yield Step(f"{who} prepares its commit", prepared._replace(saved=frozenset()))
 
     # --- what becomes of relays --------------------------------------------------------------------------
 
@@ -220,7 +259,7 @@ class Protocol:
         """
         if not state.lives(name) or state.is_committing(name):
             return
-        if state.crashed >> name & 1:
+        if all(relay.name != name for relay in state.relays):
             yield Step(f"relay {name} is declared dead", self._buried(state, name))
         elif state.left.expiries and _owns(state, name):
             buried = self._buried(state, name)._replace(left=state.spend("expiries"))
@@ -237,9 +276,9 @@ class Protocol:
                     if position <= slot.suspect_upto:
                         rows[position - 1] = Row("waiting", 0, rows[position - 1].attempts)
                 slots[number] = slot._replace(owner=0, suspect_upto=max(claimed, default=slot.suspect_upto))
-        living, crashed = state.living & ~(1 << name), state.crashed & ~(1 << name)
+        living = state.living & ~(1 << name)
         claims = put(state.claims, name, 0) if state.claims else ()
-        return state._replace(rows=tuple(rows), slots=tuple(slots), living=living, crashed=crashed, claims=claims)
+        return state._replace(rows=tuple(rows), slots=tuple(slots), living=living, claims=claims)
 
     def _sweep(self, state: State) -> Steps:
         """Somebody frees, at every start and once a minute, what is claimed by those that nobody has heard of."""
@@ -262,7 +301,7 @@ class Protocol:
                     Row("behind") if n == head or (row.place == "parked" and row.holder == head) else row
                     for n, row in enumerate(state.rows, 1)
                 ]
-                redriven = state._replace(rows=tuple(rows), left=state.spend("redrives"))
+                redriven = state._replace(rows=tuple(rows), left=state.spend("redrives"), saved=frozenset())
                 yield Step(f"somebody redrives {head}", redriven, is_fault=True)
 
     # --- a relay -----------------------------------------------------------------------------------------
@@ -294,7 +333,7 @@ class Protocol:
         if not alive:
             yield Step(f"relay {relay.name} finds that it was declared dead, and takes the name {name}", fresh)
         else:
-            killed = fresh._replace(left=state.spend("crashes"), crashed=state.crashed | 1 << relay.name)
+            killed = fresh._replace(left=state.spend("crashes"))
             yield Step(f"relay {relay.name} is killed, and comes back as {name}", killed, is_fault=True)
 
     def _recollect(self, state: State, number: int, relay: Relay) -> Steps:
@@ -349,7 +388,7 @@ class Protocol:
             return lane._replace(epoch=0, draining=False, emptied=False, blocked=blocked, parked=parked)
         if Flaw.REREAD_BLOCKS in self.flaws:
             blocked |= any(waits(row) for _, row in self._of(state, slot))
-        elif lane.waited == lane.in_hand():
+        elif len(lane.waited) == len(lane.in_hand()):
             blocked |= self._is_blocked(state, slot, relay.name)
         return lane._replace(epoch=epoch, blocked=blocked, parked=self._parked(state, slot) or parked)
 
@@ -538,6 +577,7 @@ class Protocol:
         after = relay._replace(lanes=put(relay.lanes, slot, rest.with_what_is_in_hand()))
         head = failed if failed and lane.parked == failed else 0
         commit = Transaction("settle", relay.name, slot, lane.epoch, delivered, failed, again, lane.followers, head)
+        commit = self._holding_on(relay, commit)
         what = f"settles: {listed(delivered)} delivered" + (f", {failed} {lane.failed}" if failed else "")
         what += f", {listed(lane.followers)} behind" if lane.followers else ""
         yield from self._transact(state, number, commit, after, what)
@@ -553,7 +593,14 @@ class Protocol:
             return
         after = relay._replace(lanes=put(relay.lanes, slot, lane._replace(aside=()).with_what_is_in_hand()))
         commit = Transaction("behind", relay.name, slot, lane.epoch, followers=lane.aside, head=lane.parked)
+        commit = self._holding_on(relay, commit)
         yield from self._transact(state, number, commit, after, f"moves {listed(lane.aside)} behind")
+
+    def _holding_on(self, relay: Relay, commit: Transaction) -> Transaction:
+        """In doubt, it first claims once more what it has in hand of what waits: the server may have forgotten that."""
+        if not relay.adrift or Flaw.SETTLE_FORGOTTEN in self.flaws:
+            return commit
+        return commit._replace(held=tuple(position for lane in relay.lanes for position in lane.waited))
 
     def _take(self, state: State, number: int, slot: int) -> Steps:
         """Claims the first of a lane alone if it failed or is a suspect, else as many as follow up to the next such."""
@@ -563,7 +610,9 @@ class Protocol:
         if Flaw.DUE_BY_TIME in self.flaws:
             waiting.sort(key=lambda one: (one[1].place == "behind", one[0] if one[1].place == "behind" else -one[0]))
         # Of a parked lane, what was redriven waits for the rest, which is still to be unparked.
-        is_due = any(row.place == "waiting" and not row.holder for _, row in waiting)
+        # What comes back after a crash of the server was due when it was claimed.
+        came_back = state.left.server_crashes != self.faults.server_crashes
+        is_due = any((row.place == "waiting" or came_back) and not row.holder for _, row in waiting)
         is_ready = (lane.blocked or is_due) and not lane.parked
         if Flaw.TAKE_WHILE_PARKED in self.flaws:
             is_ready = lane.blocked or bool(lane.parked)
@@ -679,6 +728,8 @@ class Protocol:
                 return alive
 
     def _commit(self, state: State, commit: Transaction) -> State:
+        if self._is_durable(commit):
+            state = state._replace(saved=frozenset())
         slot, rows = state.slots[commit.slot], state.rows
         match commit.kind:
             case "gain":
@@ -700,6 +751,14 @@ class Protocol:
             case "settle" | "behind":
                 return self._settled(state, commit)
 
+    def _is_durable(self, commit: Transaction) -> bool:
+        """Whether a crash of the server cannot have it forgotten; with it, all commits before it."""
+        if commit.kind in _SETTLING:
+            return bool(commit.failed or commit.followers) and Flaw.SETTLE_NOT_DURABLE not in self.flaws
+        if commit.kind == "gain":
+            return Flaw.GAIN_NOT_DURABLE not in self.flaws
+        return commit.kind == "release" and Flaw.RELEASE_NOT_DURABLE not in self.flaws
+
     def _released(self, state: State, commit: Transaction) -> tuple[Row, ...]:
         if Flaw.RELEASE_KEEPS in self.flaws:
             return state.rows
@@ -710,7 +769,7 @@ class Protocol:
 
     def _settled(self, state: State, commit: Transaction) -> State:
         """Deletes what was delivered, moves what failed; but only what is still where the relay got it from."""
-        rows, broken = list(state.rows), ""
+        rows, broken = _held_on(state, commit), ""
         moved = (*commit.rows, *([commit.failed] if commit.failed else []), *commit.followers)
         for position in moved:
             row = rows[position - 1]
@@ -731,12 +790,29 @@ class Protocol:
 _SETTLING = {"settle", "behind"}
 
 
+def _held_on(state: State, commit: Transaction) -> list[Row]:
+    """Claims once more, if the relay lives, what it has in hand of what waits."""
+    if not commit.held or not state.lives(commit.name):
+        return list(state.rows)
+    return [
+        row._replace(holder=commit.name) if position in commit.held and waits(row) and not row.holder else row
+        for position, row in enumerate(state.rows, 1)
+    ]
+
+
 def _outcome(row: Row, position: int, commit: Transaction) -> Row:
     if position in commit.rows:
         return Row("gone")
     if position in commit.followers:
         return Row("parked", commit.head, row.attempts) if commit.head else Row("behind", 0, row.attempts)
     return Row("waiting" if commit.again else "dead", 0, row.attempts + 1)
+
+
+def _after_crash(now: Row, then: Row, writers: tuple[Writer, ...]) -> Row:
+    """A position that was given out is not given out again; only a transaction that was prepared goes on."""
+    if now.place == "taken" and writers[now.holder].phase == "ended":
+        return Row("lost")
+    return now if now.place in {"taken", "lost"} else then
 
 
 def _suspect(row: Row) -> Row:
@@ -746,6 +822,10 @@ def _suspect(row: Row) -> Row:
 
 def _is_dead(row: Row) -> bool:
     return row.place in {"dead", "parked"}
+
+
+def _unsettling(faults: Faults) -> tuple[int, ...]:
+    return faults.expiries, faults.crashes, faults.unanswered, faults.server_crashes
 
 
 def _owns(state: State, name: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.protocol.explorer import Report, Step, explore
 from tests.protocol.model import Protocol
-from tests.protocol.world import Faults, Flaw, State, waits
+from tests.protocol.world import Faults, Flaw, Row, State, waits
 from tests.protocol.worlds import FLAWED, HARMLESS, SMALL, THREE, TWO_AND_ONE
 
 # --- the protocol -----------------------------------------------------------------------------------------
@@ -84,6 +84,11 @@ def _unblocked_with_followers_in_hand(state: State) -> bool:
     return not lane.blocked and bool(lane.queue) and any(row.place == "behind" for row in state.rows)
 
 
+def _waits_for_anybody_and_is_delivered(state: State) -> bool:
+    lane = state.relays[0].lanes[0]
+    return any(state.rows[n - 1] == Row("waiting", 0, 1) for n in lane.flight) and lane.accepted > 0
+
+
 @pytest.mark.parametrize(
     ("faults", "happens"),
     [
@@ -94,6 +99,7 @@ def _unblocked_with_followers_in_hand(state: State) -> bool:
         (Faults(failures=2), lambda state: any(row.place == "dead" for row in state.rows)),
         (Faults(handovers=1), lambda state: bool(state.relays[1].lanes[0].flight)),
         (Faults(unanswered=1), lambda state: state.late is not None and state.late.kind == "settle"),
+        (Faults(server_crashes=1, failures=1), _waits_for_anybody_and_is_delivered),
     ],
 )
 def test_the_worlds_have_the_hard_cases_in_them(faults: Faults, happens: Callable[[State], bool]) -> None:

@@ -46,6 +46,12 @@ class Flaw(Enum):
     REREAD_FOR_ANOTHER = "is declared dead while it rereads, and has the answer count for its new name"
     UNFENCED_REREAD = "claims what it has in hand once more without a look at its own row"
     SETTLE_WITHOUT_SLOTS = "settles without a look at anything when it knows of no slots"
+    SETTLE_FORGOTTEN = (
+        "settles what waits without claiming it once more, though the server may have forgotten that claim"
+    )
+    SETTLE_NOT_DURABLE = "settles failures without waiting until that would outlive a crash of the server"
+    GAIN_NOT_DURABLE = "takes slots without waiting until that would outlive a crash of the server"
+    RELEASE_NOT_DURABLE = "gives slots away without waiting until that would outlive a crash of the server"
     OTHERS_DO_NOT_BLOCK = "takes a lane for free of which all that waits is claimed, by whomever"
 
 
@@ -140,6 +146,8 @@ class Transaction(NamedTuple):
     followers: tuple[int, ...] = ()
     head: int = 0
     """What the followers are parked behind; 0 if they wait."""
+    held: tuple[int, ...] = ()
+    """What waits and is first taken in hand again, in case nobody has it."""
 
 
 class Faults(NamedTuple):
@@ -154,10 +162,20 @@ class Faults(NamedTuple):
     """Messages that the destination refuses."""
     handovers: int = 0
     rollbacks: int = 0
+    server_crashes: int = 0
     redrives: int = 0
 
 
 NO_FAULTS: Final = Faults()
+
+
+class Database(NamedTuple):
+    """What a crash of the server leaves."""
+
+    rows: tuple[Row, ...]
+    slots: tuple[Slot, ...]
+    living: int
+    claims: tuple[int, ...]
 
 
 class State(NamedTuple):
@@ -170,8 +188,6 @@ class State(NamedTuple):
     """The last name that was taken."""
     living: int
     """Bits of the names in outbox_relays."""
-    crashed: int = 0
-    """Bits of those whose process is gone."""
     claims: tuple[int, ...] = ()
     """Bits of the positions that each name claimed; empty without suspects."""
     late: Transaction | None = None
@@ -180,6 +196,12 @@ class State(NamedTuple):
     """Bits of the positions that the destination has ever taken."""
     broken: str = ""
     """The promise that the last step broke."""
+
+    saved: frozenset[Database] = frozenset()
+    """What a crash of the server may go back to: all since the last durable commit; empty if it will not crash."""
+
+    def database(self) -> Database:
+        return Database(self.rows, self.slots, self.living, self.claims)
 
     def lives(self, name: int) -> bool:
         return bool(self.living >> name & 1)

@@ -39,6 +39,10 @@ SMALL: Final = {
     "a parked lane, and a relay taken for dead": Protocol(
         Faults(expiries=1, failures=1, redrives=1), tries=1, on_failure="park", strict=True, prompt=True
     ),
+    "a crash of the server": Protocol(Faults(server_crashes=1, failures=2), prompt=True),
+    "a crash of the server, a handover": Protocol(
+        Faults(server_crashes=1, handovers=1, failures=1), writers=(2,), limit=1, prompt=True
+    ),
 }
 
 LARGE: Final = {
@@ -105,6 +109,35 @@ LARGE: Final = {
         strict=True,
         prompt=True,
     ),
+    "a crash of the server, late and prepared commits": Protocol(
+        Faults(server_crashes=1, failures=1, rollbacks=1), keys=THREE, writers=TWO_AND_ONE, relays=1, prepares=True
+    ),
+    "two crashes of the server, a handover": Protocol(
+        Faults(server_crashes=2, handovers=1, failures=2), keys=THREE, writers=TWO_AND_ONE, prompt=True
+    ),
+    "a crash of the server, a crash": Protocol(
+        Faults(server_crashes=1, crashes=1, failures=2), keys=THREE, writers=TWO_AND_ONE, prompt=True
+    ),
+    "a crash of the server, suspects": Protocol(Faults(server_crashes=1, crashes=2), suspects=True, prompt=True),
+    "a crash of the server, a relay taken for dead": Protocol(
+        Faults(server_crashes=1, expiries=1, failures=1), prompt=True
+    ),
+    "a crash of the server, a COMMIT without an answer, a crash": Protocol(
+        Faults(server_crashes=1, crashes=1, unanswered=1, failures=1),
+        keys=THREE,
+        writers=TWO_AND_ONE,
+        relays=1,
+        prompt=True,
+    ),
+    "a crash of the server, a parked lane": Protocol(
+        Faults(server_crashes=1, failures=1, redrives=2),
+        keys=THREE,
+        writers=TWO_AND_ONE,
+        tries=1,
+        on_failure="park",
+        strict=True,
+        prompt=True,
+    ),
 }
 
 _DISORDER: Final = "out of order"
@@ -112,6 +145,7 @@ _STUCK: Final = "nothing goes on"
 """Lost beyond a cursor, or held until the look at everything once a minute; the trace says which."""
 
 _CRASH: Final = Faults(crashes=1, failures=1)
+_SERVER_CRASH: Final = Faults(server_crashes=1, failures=2)
 _EXPIRY: Final = Faults(expiries=1, failures=1)
 
 
@@ -162,6 +196,16 @@ FLAWED: Final = [
             on_failure="park",
         ),
     ),
+    (_DISORDER, _with(Flaw.SETTLE_FORGOTTEN, faults=_SERVER_CRASH, relays=1)),
+    (_DISORDER, _with(Flaw.SETTLE_NOT_DURABLE, faults=_SERVER_CRASH, relays=1)),
+    (
+        _DISORDER,
+        replace(
+            _with(Flaw.GAIN_NOT_DURABLE, faults=Faults(server_crashes=1, handovers=1, failures=1)),
+            writers=(2,),
+            limit=1,
+        ),
+    ),
 ]
 """What each leads to first; writers are prompt unless it has to do with late commits."""
 
@@ -171,9 +215,11 @@ HARMLESS: Final = [
     _with(Flaw.MOVE_BEFORE_HEAD, faults=_CRASH),
     _with(Flaw.REREAD_BLOCKS, faults=_CRASH, relays=1, prompt=False, long=True),
     _with(Flaw.TAKE_BEFORE_SETTLED, faults=Faults(unanswered=2, failures=1), relays=1, long=True),
+    _with(Flaw.RELEASE_NOT_DURABLE, faults=Faults(server_crashes=1, handovers=1)),
 ]
 """What does no harm by itself in these worlds: something else catches it.
 
-All but the last are one of two belts, and with both of them off the promise breaks (see above). The last is caught
-twice: a relay that rereads claims once more what it has in hand, and deletes what it delivered whoever claims it.
+All but the last two are one of two belts, and with both of them off the promise breaks (see above). The last but one
+is caught twice: a relay that rereads claims once more what it has in hand, and deletes what it delivered whoever claims
+it. As for the last, nobody delivers what falls into a slot that was given away before a gain, and that is durable.
 """
