@@ -86,7 +86,6 @@ _CANCELLED_IN_ORDER = [
 ]
 _KILLED_IN_ORDER = [
     Scenario("buries", order="key", on_failure="park", waiting=True),
-    Scenario("raises", order="key", waiting=True, verb="run"),
     Scenario("partial", order="total", verb="run"),
 ]
 

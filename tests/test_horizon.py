@@ -13,7 +13,7 @@ from outbox._horizon import LOWEST, Horizon  # noqa: TID251 -- pure, and what ev
 
 pytestmark = pytest.mark.timeout(60)
 
-_SETTINGS = settings(max_examples=400, stateful_step_count=50, derandomize=True, deadline=None, phases=[Phase.generate])
+_SETTINGS = settings(max_examples=200, stateful_step_count=50, derandomize=True, deadline=None, phases=[Phase.generate])
 _PATIENCE = 10.0
 _WHICH = st.integers(0, 5)
 

@@ -15,7 +15,7 @@ from outbox._lanes import Lanes  # noqa: TID251 -- pure, and what every order ha
 
 pytestmark = pytest.mark.timeout(60)
 
-_SETTINGS = settings(max_examples=200, stateful_step_count=40, derandomize=True, deadline=None, phases=[Phase.generate])
+_SETTINGS = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, phases=[Phase.generate])
 _LANES = st.sampled_from([None, None, 1, 2, 3, 4])
 _WHICH = st.integers(0, 5)
 

@@ -14,12 +14,16 @@ from outbox import CommitStrategy, Message, Outbox
 from outbox._claims import Batch, Buried, Postponed  # noqa: TID251 -- a relay's steps, one by one
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox._owning import OnFailure, Owning  # noqa: TID251 -- the same
+from outbox.embedded import Server
 from tests.conftest import StartServer
 
 pytestmark = pytest.mark.timeout(30)
 
 _HOUR = timedelta(hours=1)
 _AT_ONCE = timedelta()
+
+_UNFLUSHED = "10s"
+"""What is not waited for reaches the disk after three times this delay: a crash is sure to come before."""
 
 Connect = Callable[[], Awaitable["asyncpg.Connection[Any]"]]
 
@@ -133,6 +137,15 @@ async def hands(
     return Hands(outbox, connection, owning, member)
 
 
+@asynccontextmanager
+async def connected(server: Server) -> AsyncIterator[asyncpg.Connection[Any]]:
+    connection = await asyncpg.connect(server.dsn)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
 async def write(outbox: Outbox, connection: asyncpg.Connection[Any], count: int = 1) -> None:
     """Messages of one key."""
     await outbox.persist(connection, *(Message(number, topic="t", key="a") for number in range(count)))
@@ -237,18 +250,8 @@ async def test_the_dead_take_nothing_back_that_waits(
 
 
 async def test_what_was_given_up_stays_so_though_the_server_forgot_whose_it_was(own_server: StartServer) -> None:
-    # What is not waited for reaches the disk after three times this delay: the crash is sure to come before.
-    server, outbox = await own_server(wal_writer_delay="10s"), Outbox()
-
-    @asynccontextmanager
-    async def connected() -> AsyncIterator[asyncpg.Connection[Any]]:
-        connection = await asyncpg.connect(server.dsn)
-        try:
-            yield connection
-        finally:
-            connection.terminate()
-
-    async with connected() as connection:
+    server, outbox = await own_server(wal_writer_delay=_UNFLUSHED), Outbox()
+    async with connected(server) as connection:
         await outbox.migrate(connection)
         relay = await hands(outbox, connection, batch_size=1)
         await relay.join()
@@ -262,13 +265,43 @@ async def test_what_was_given_up_stays_so_though_the_server_forgot_whose_it_was(
         relay.fail(relay.take(), Buried(1, 2, "given up"))
         await server.kill()
     await server.start()
-    async with connected() as connection:
+    async with connected(server) as connection:
         owner = await connection.fetchval("SELECT owner FROM outbox_waiting")
         assert owner is None, "the server forgot it"
         relay.connection = connection
         relay.owning.doubt()
         assert await relay.work() == [2]
         assert [letter.message.position for letter in await outbox.dead_letters(connection)] == [1]
+
+
+async def test_what_came_back_from_the_dead_letters_does_not_go_back_with_a_crash(own_server: StartServer) -> None:
+    server, outbox = await own_server(wal_writer_delay=_UNFLUSHED), Outbox()
+    async with connected(server) as connection:
+        await outbox.migrate(connection)
+        relay = await hands(outbox, connection, on_failure="park")
+        await relay.join()
+        await write(outbox, connection, 2)
+        await relay.claim()
+        relay.fail(relay.take(), Buried(1, 1, "no"), Postponed(2, _AT_ONCE, 1))
+        await relay.settle()
+        await write(outbox, connection)
+        await relay.claim()
+        assert await outbox.redrive(connection) == 2
+        await relay.settle()  # the third, behind the first, which is a dead letter no more
+        await relay.claim()
+        await relay.claim()
+        batch = relay.take()
+        assert [message.position for message in batch.messages] == [1, 2, 3]
+        relay.owning.delivered(batch, batch.messages[:1])
+        relay.fail(batch, Buried(2, 1, "no"), Postponed(3, _AT_ONCE, 1))
+        await server.kill()
+    await server.start()
+    async with connected(server) as connection:
+        relay.connection = connection
+        relay.owning.doubt()
+        assert await relay.work() == []
+        letters = await outbox.dead_letters(connection)
+        assert [(letter.message.position, letter.behind) for letter in letters] == [(2, 2), (3, 2)]
 
 
 @pytest.mark.parametrize("ordering", ["key", "total"])
