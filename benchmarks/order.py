@@ -288,12 +288,12 @@ async def takeover(dsn: str, pool: asyncpg.Pool[Any]) -> Result:
 
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(writing())
-            await asyncio.sleep(1)
+            await asyncio.sleep(1)  # of traffic, so that each key flows
             group.processes[killed].kill()
             at = monotonic()
             await group.processes[killed].wait()
             del group.processes[killed], group.folders[killed]
-            await asyncio.sleep(_LEASE.total_seconds() + 3)
+            await asyncio.sleep(_LEASE.total_seconds() + 3)  # for as long as it may take, and more
             stop.set()
         calls = await group.deliveries()
     first_after: dict[str, float] = {}

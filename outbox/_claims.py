@@ -19,6 +19,10 @@ from outbox._queries import Queries
 
 _BODY: Final = 5
 """Where in a row of lock_fresh, or of read, the body is."""
+SMALLEST_WINDOW: Final = 200
+"""Messages that a relay may hold at least, so that small batches are not claimed one by one."""
+WINDOW_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of bodies that a relay holds at most, about: one message at least is held, however large it is."""
 EVER: Final = datetime(1, 1, 1, tzinfo=UTC), LOWEST
 """Before every waiting message."""
 

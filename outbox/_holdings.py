@@ -1,15 +1,9 @@
 """What one relay holds, and how much more it may hold: a bounded window."""
 
 from collections.abc import Iterable
-from typing import Final
 
-from outbox._claims import Batch, Buried, Postponed, Room, Settlement, Suspect
+from outbox._claims import SMALLEST_WINDOW, WINDOW_BYTES, Batch, Buried, Postponed, Room, Settlement, Suspect
 from outbox._outbox import position_of
-
-_SMALLEST_WINDOW: Final = 200
-"""Messages held at least, so that small batches are not claimed one by one."""
-_WINDOW_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of bodies held at most, about: one message at least is held, however large it is."""
 
 
 class Holdings:
@@ -21,7 +15,7 @@ class Holdings:
 
     def __init__(self, in_delivery: int) -> None:
         self.holds_crash_suspect = False
-        self._window = max(_SMALLEST_WINDOW, 2 * in_delivery)
+        self._window = max(SMALLEST_WINDOW, 2 * in_delivery)
         self._messages = 0
         # The bytes of each claim of fresh messages, and of each message that waited.
         self._claims: dict[int, int] = {}
@@ -40,15 +34,15 @@ class Holdings:
     @property
     def is_half_full(self) -> bool:
         """Whether there is no need yet to claim more."""
-        return self._messages > self._window // 2 or self._bytes > _WINDOW_BYTES // 2
+        return self._messages > self._window // 2 or self._bytes > WINDOW_BYTES // 2
 
     def room(self) -> Room:
         """Returns how many fresh messages may be claimed."""
-        return Room(self._window - self._messages, _WINDOW_BYTES - self._bytes)
+        return Room(self._window - self._messages, WINDOW_BYTES - self._bytes)
 
     def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
-        return Room(self._window // 2 - len(self._waiting), _WINDOW_BYTES - self._bytes)
+        return Room(self._window // 2 - len(self._waiting), WINDOW_BYTES - self._bytes)
 
     def add(self, batches: Iterable[Batch]) -> None:
         """Adds what was just claimed."""

@@ -4,16 +4,12 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
-from outbox._claims import Room
+from outbox._claims import SMALLEST_WINDOW, WINDOW_BYTES, Room
 from outbox._message import Message
 from outbox._outbox import position_of
 
-_SMALLEST_WINDOW: Final = 200
-"""Messages held at least, so that small batches are not read one by one."""
 _LANES_BEHIND: Final = 4
 """How many times as many are held at most when lanes queue behind their own deliveries."""
-_WINDOW_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of bodies held at most, about: one message at least is held, however large it is."""
 
 
 class Reading:
@@ -41,7 +37,7 @@ class Lanes:
     def __init__(self, in_delivery: int) -> None:
         self.held: dict[int, Message] = {}
         """By position: queued, in delivery, or answered and not settled yet."""
-        self._window = max(_SMALLEST_WINDOW, 4 * in_delivery)
+        self._window = max(SMALLEST_WINDOW, 4 * in_delivery)
         self._limit = _LANES_BEHIND * self._window
         self._readings: list[Reading] = []
         # The bytes of each message that had been waiting.
@@ -60,7 +56,7 @@ class Lanes:
         from being read.
         """
         half, count = self._window // 2, len(self.held)
-        if self._bytes > _WINDOW_BYTES // 2 or count >= self._limit:
+        if self._bytes > WINDOW_BYTES // 2 or count >= self._limit:
             return True
         if count <= half:
             return False
@@ -68,11 +64,11 @@ class Lanes:
 
     def room(self) -> Room:
         """Returns how many fresh messages may be read."""
-        return Room(min(self._limit - len(self.held), self._window // 2), _WINDOW_BYTES - self._bytes)
+        return Room(min(self._limit - len(self.held), self._window // 2), WINDOW_BYTES - self._bytes)
 
     def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
-        return Room(self._window // 2 - len(self._waiting), _WINDOW_BYTES - self._bytes)
+        return Room(self._window // 2 - len(self._waiting), WINDOW_BYTES - self._bytes)
 
     @property
     def _bytes(self) -> int:

@@ -290,7 +290,8 @@ class Owning:
     async def claim_one(self, connection: Connection) -> None:
         """Reads one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
         reading, room = await self._start(connection), Room(self._size, self._lanes.room().bytes)
-        await self._unpark(connection, reading)
+        if self._parked:
+            await self._unpark(connection, reading)
         await self._read(connection, reading, room)
         if not reading.rows:
             await self._claim_waiting(connection, reading, room)

@@ -335,10 +335,7 @@ class Worker:
 
     async def _claim_once(self) -> None:
         """Claims one batch."""
-        async with self._upkeep.transaction() as connection:
-            await self._membership.take_over(connection, orphans=True)
-            if not self._membership.is_active:
-                await self._membership.activate(connection)
+        await self._look_after_the_dead(orphans=True)
         if self._membership.is_active:
             await self._balance()
             async with self._searching.transaction() as connection:
@@ -498,12 +495,17 @@ class Worker:
     async def _take_over(self) -> TakenOver:
         started = monotonic()
         orphans = started >= self._next_orphans
+        taken = await self._look_after_the_dead(orphans=orphans)
+        if orphans:
+            self._next_orphans = after(started, START_INTERVAL)
+        return taken
+
+    async def _look_after_the_dead(self, *, orphans: bool) -> TakenOver:
+        """Takes over from them, and goes to work if this relay stood by for them."""
         async with self._upkeep.transaction() as connection:
             taken = await self._membership.take_over(connection, orphans=orphans)
             if not self._membership.is_active:
                 await self._membership.activate(connection)
-        if orphans:
-            self._next_orphans = after(started, START_INTERVAL)
         return taken
 
     async def _cleaning(self) -> None:
