@@ -2,16 +2,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos check format coverage bench bench-order docs test-matrix clean programs .venv
+.PHONY: help demo test test-destinations chaos check format coverage bench bench-order docs test-matrix clean programs brokers .venv
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proof that nothing was lost
 	@$(BIN)/python examples/demo.py
 
 test: .venv programs  ## Run the tests; they start their own PostgreSQL
 	@$(BIN)/pytest
+
+test-destinations: .venv programs brokers  ## Run the contract of every destination against its real broker
+	@$(BIN)/pytest tests/destinations
 
 chaos: .venv programs  ## Faults of every kind for two minutes, then the proof; for more: make chaos CHAOS='--seconds 1800'
 	@$(BIN)/python -m tests.chaos $(CHAOS)
@@ -54,6 +57,13 @@ programs:
 		[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 		{ echo 'Installing PgBouncer and libfaketime …'; export DEBIAN_FRONTEND=noninteractive; \
 		apt-get update -qq && apt-get install -qq --yes --no-install-recommends pgbouncer libfaketime >/dev/null; }
+
+# The one broker that is no Python package; Debian would start it at once, on all addresses.
+brokers:
+	@test -x /usr/lib/rabbitmq/bin/rabbitmq-server || \
+		[ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+		{ echo 'Installing RabbitMQ …'; export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1; \
+		apt-get update -qq && apt-get install -qq --yes --no-install-recommends rabbitmq-server >/dev/null; }
 
 .venv: .venv/.ready  ## Install everything into .venv; the targets above do it by themselves
 
