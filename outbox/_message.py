@@ -15,6 +15,7 @@ from outbox._codec import Codec, JsonCodec
 from outbox._errors import CodecError
 
 _PLAIN: Final = JsonCodec()
+_RECEIVED: Final = JsonCodec()
 _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 _FIRST: Final = datetime.min.replace(tzinfo=UTC)
 _LAST: Final = datetime.max.replace(tzinfo=UTC)
@@ -92,6 +93,42 @@ class Message:
         self._dispatched_at: datetime | None = None
         self._attempts = 0
         self._lane: int | None = None
+
+    @classmethod
+    def from_body(
+        cls,
+        body: bytes,
+        *,
+        topic: str,
+        key: str | None = None,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        id: UUID | None = None,  # noqa: A002 -- as above
+        recorded_at: datetime | None = None,
+        codec: Codec = _RECEIVED,
+    ) -> Self:
+        """Makes a message of bytes that are encoded already, as a consumer does of what its broker gave it.
+
+        Dispatched into an outbox its body is forwarded as it is.
+
+        Args:
+            body: The encoded bytes.
+            topic: As above, and so are key, headers, id and recorded_at.
+            key: What it belongs together with.
+            headers: Text by name, with the codec's header `type` if it had one.
+            id: Identifies the message: that of the sender.
+            recorded_at: When the sender recorded it.
+            codec: Decodes the payload, when somebody reads it.
+
+        Raises:
+            TypeError: When an argument has the wrong type.
+            ValueError: As above.
+        """
+        if not isinstance(body, bytes):
+            raise TypeError(f"body must be bytes, not {type(body).__name__}")
+        message = cls(_MISSING, topic=topic, key=key, headers=headers, id=id, recorded_at=recorded_at)
+        message._body = body
+        message._codec = codec
+        return message
 
     @classmethod
     def _stored(  # noqa: PLR0917 -- the columns of a row, unpacked
@@ -220,7 +257,8 @@ class Message:
 
     def _encode(self, codec: Codec) -> tuple[str, bytes]:
         """Returns the headers as a JSON text, with the codec's type name, and the body."""
-        if self._position is not None and self._body is not None:  # into another table: its bytes are forwarded
+        if self._body is not None and (self._position is not None or self._codec is not _PLAIN):
+            # It came from a table or a broker: its bytes are forwarded.
             name, body = None, self._body
         else:
             try:

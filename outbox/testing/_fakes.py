@@ -1,8 +1,4 @@
-"""Helpers for your tests: destinations that collect or fail, and a relay that runs until nothing is left to do.
-
-What a transaction has written needs no helper: `outbox.retrieve(connection, limit)` on its own connection returns
-the messages before they are committed, and `assert_dispatched` takes what it returns.
-"""
+"""Destinations that collect or fail, and a relay that runs until nothing is left to do."""
 
 import asyncio
 from collections.abc import Callable, Iterable

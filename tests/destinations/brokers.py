@@ -1,0 +1,108 @@
+"""Starts the brokers, each on a free port of the loopback interface, and ends them by their process id."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from subprocess import DEVNULL
+from typing import Any
+
+import anyio
+
+from outbox.testing import Broker
+
+_START_SECONDS = 30
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def program(name: str) -> str:
+    """Returns the path of a program that came with a package of the environment, or with the system."""
+    own = Path(sys.executable).with_name(name)
+    path = str(own) if own.exists() else shutil.which(name)
+    assert path, f"{name} is not installed"
+    return path
+
+
+async def listens(port: int) -> None:
+    """Waits until something accepts connections on the port."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await anyio.sleep(0.01)
+        else:
+            writer.close()
+            return
+
+
+class Process:
+    """A server's process: it is killed, and starts again on the same port with the same files.
+
+    Args:
+        command: What to run.
+        ready: Returns when it answers.
+        environment: Variables over those of this process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        ready: Callable[[], Awaitable[Any]],
+        *,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._command = command
+        self._ready = ready
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        process = await asyncio.create_subprocess_exec(
+            *self._command, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL, env=self._environment
+        )
+        self._process = process
+        with anyio.fail_after(_START_SECONDS):
+            await self._ready()
+        assert process.returncode is None, f"{self._command[0]} ended with {process.returncode}"
+
+    async def stop(self) -> None:
+        """Kills it."""
+        process, self._process = self._process, None
+        if process and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self._process
+        self._process.send_signal(number)
+
+
+class ProcessBroker(Broker):
+    """A broker that is a process of its own; give it as `process`."""
+
+    process: Process
+
+    async def stop(self) -> None:
+        await self.process.stop()
+
+    async def start(self) -> None:
+        await self.process.start()
+
+    async def freeze(self) -> None:
+        self.process.signal(signal.SIGSTOP)
+
+    async def thaw(self) -> None:
+        self.process.signal(signal.SIGCONT)
