@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,7 +36,7 @@ class Failure:
 
     error: BaseException
     shared: bool
-    """Whether the error was raised for several messages at once, so that one of them may be to blame alone."""
+    """Whether it is one error for several messages, so that one of them may be to blame alone."""
 
 
 async def deliver(
@@ -56,9 +57,11 @@ async def deliver(
         with anyio.fail_after(limit.total_seconds()):
             await destination.dispatch(*outgoing)
     except PartialDispatchError as error:
-        for name, position in origin or [(message.id, position_of(message)) for message in messages]:
-            if name in error.failures:
-                failures[position] = Failure(error.failures[name], shared=False)
+        names = origin or [(message.id, position_of(message)) for message in messages]
+        failed = {position: error.failures[name] for name, position in names if name in error.failures}
+        # One error for several, as when a part of the batch went somewhere as a whole: any of them may be to blame.
+        stands_for = Counter(map(id, failed.values()))
+        failures |= {at: Failure(one, shared=stands_for[id(one)] > 1) for at, one in failed.items()}
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             raise

@@ -38,7 +38,8 @@ class PartialDispatchError(DispatchError):
     """Raised by a destination that accepted a part of its batch.
 
     The messages named in `failures` failed, each with its own error; all others of the batch were
-    accepted and are settled. An id that is not in the batch is ignored.
+    accepted and are settled. An id that is not in the batch is ignored. One error object that stands for several
+    messages says that they failed as a whole, and blames none of them: the relay finds out which.
 
     Args:
         failures: The error of each failed message, by message id.

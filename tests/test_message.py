@@ -318,6 +318,31 @@ def test_a_difference_in_what_a_destination_sees_makes_messages_differ(change: d
     assert a_message(id=identity) != a_message(**({"id": identity} | change))
 
 
+async def test_what_a_broker_gave_goes_into_an_outbox_byte_for_byte_read_or_not(
+    connection: asyncpg.Connection[Any], outbox: Outbox
+) -> None:
+    identity, body = uuid4(), b'{ "order" : 1.50 }'
+    headers = {"a": "b"}
+    given = {"topic": "t", "key": "k", "headers": headers, "id": identity, "recorded_at": NOW}
+    received = Message.from_body(body, **given)  # type: ignore[arg-type]  # a dict of every argument's type
+    assert received.payload == {"order": 1.5}
+    await outbox.persist(connection, received, Message.from_body(body, topic="t"))
+    first, second = await outbox.retrieve(connection, 2)
+    assert (first.body, second.body) == (body, body)
+    assert (first.id, first.topic, first.key, first.headers, first.recorded_at) == (identity, "t", "k", headers, NOW)
+
+
+def test_what_a_broker_gave_is_decoded_by_the_codec_and_its_type() -> None:
+    codec = JsonCodec({"day": date})
+    assert Message.from_body(b'"2024-02-29"', topic="t", headers={"type": "day"}, codec=codec).payload == date(
+        2024, 2, 29
+    )
+    with pytest.raises(CodecError, match="the body is not JSON"):
+        _ = Message.from_body(b"{", topic="t").payload
+    with pytest.raises(TypeError, match="body must be bytes, not str"):
+        Message.from_body("{}", topic="t")  # type: ignore[arg-type]  # the mistake
+
+
 async def test_a_stored_message_equals_the_one_that_was_written(
     connection: asyncpg.Connection[Any], outbox: Outbox
 ) -> None:

@@ -361,12 +361,14 @@ class Machine(RuleBasedStateMachine):
     async def _answer(self, slot: int, run: Run, kind: str, subset: int | None) -> None:
         batch, error = run.plan.pop(0), None
         failed: set[UUID] = set()
+        shared = subset is None and len(batch.names) > 1
         if kind != "accepted":
             failed = {name for n, name in enumerate(batch.names) if subset is None or subset >> n & 1}
             error = _ERRORS[kind](kind)
             if subset is not None:
-                error = PartialDispatchError({uuid4(): ValueError("a stranger"), **dict.fromkeys(failed, error)})
-        shared = subset is None and len(batch.names) > 1
+                shared = subset % 2 == 0 and len(failed) > 1  # one error for several, or to each its own
+                errors = {name: error if shared else _ERRORS[kind](kind) for name in failed}
+                error = PartialDispatchError({uuid4(): ValueError("a stranger"), **errors})
         for message in run.call:
             if message.id in failed:
                 run.outcomes.append(decide(batch, message.id, message.attempts, kind, shared=shared))

@@ -363,15 +363,16 @@ class _Machine(RuleBasedStateMachine):
         if subset is not None:
             failed = {name for n, name in enumerate(names) if name in failed and subset >> n & 1}
         error: BaseException | None = None if kind == "accepted" else _ERRORS[kind](kind)
+        shared = subset is None and len(names) > 1
         if error and subset is not None:
-            error = PartialDispatchError(dict.fromkeys(failed, error))
+            shared = subset % 2 == 0 and len(failed) > 1  # one error for several, or to each its own
+            error = PartialDispatchError({name: error if shared else _ERRORS[kind](kind) for name in failed})
         batch = Batch(names, self.known[names[0]].suspect if self.owner == run.owner else None)
         run.accepted += [name for name in names if name not in failed]
         run.open -= set(names)
         if kind == "unavailable":
             run.back |= failed
         else:
-            shared = subset is None and len(names) > 1
             run.failures.append((batch, sorted(failed, key=positions.__getitem__), kind, shared))
         run.answers.put_nowait(error)
         await self._go_on(slot, run, called=await run.is_called())
