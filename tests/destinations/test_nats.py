@@ -4,16 +4,19 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import nats
 import pytest
 from nats.errors import TimeoutError as NothingYet
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from outbox import Message
+from outbox import Message, Outbox
 from outbox.destinations.nats import NatsDispatcher, received
 from outbox.testing import CONTRACT, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
+from tests.destinations.relaying import check_the_whole_way
 
 
 class Nats(ProcessBroker):
@@ -63,3 +66,7 @@ async def broker(tmp_path: Path) -> AsyncIterator[Nats]:
 @pytest.mark.parametrize("case", CONTRACT, ids=lambda case: case.__name__)
 async def test_the_contract(case: Case, broker: Nats) -> None:
     await case(broker)
+
+
+async def test_the_whole_way(broker: Nats, pool: "asyncpg.Pool[Any]", outbox: Outbox) -> None:
+    await check_the_whole_way(broker, pool, outbox)

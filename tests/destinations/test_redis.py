@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from outbox import Message, PartialDispatchError, RejectedError
+from outbox import Message, Outbox, PartialDispatchError, RejectedError
 from outbox.destinations.redis import RedisDispatcher, received
 from outbox.testing import CONTRACT, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
+from tests.destinations.relaying import check_the_whole_way
 
 MEGABYTE = 1024 * 1024
 
@@ -66,6 +68,10 @@ async def broker(tmp_path: Path) -> AsyncIterator[RedisServer]:
 @pytest.mark.parametrize("case", CONTRACT, ids=lambda case: case.__name__)
 async def test_the_contract(case: Case, broker: RedisServer) -> None:
     await case(broker)
+
+
+async def test_the_whole_way(broker: RedisServer, pool: "asyncpg.Pool[Any]", outbox: Outbox) -> None:
+    await check_the_whole_way(broker, pool, outbox)
 
 
 async def test_a_stream_is_trimmed_to_about_the_length_that_was_asked_for(broker: RedisServer) -> None:
