@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-destinations chaos check format coverage bench bench-order docs test-matrix clean programs brokers .venv
+.PHONY: help demo test test-destinations chaos check format coverage bench bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proof that nothing was lost
 	@$(BIN)/python examples/demo.py
@@ -40,6 +40,9 @@ bench: .venv  ## Measure it against the same work written by hand, as ratios; ab
 
 bench-order: .venv  ## Measure what an order costs, with 1, 2 and 4 relay processes; about four minutes
 	@$(BIN)/python benchmarks/order.py
+
+bench-instrumentation: .venv  ## Measure what it costs to be watched; about a minute
+	@$(BIN)/python -m benchmarks.instrumentation
 
 docs: .venv  ## Build the documentation into site/; a broken link is an error
 	@$(BIN)/zensical build --clean --strict

@@ -21,6 +21,7 @@ from outbox._dispatcher import (
     FilteringDispatcher,
     HandlerDispatcher,
     OutboxDispatcher,
+    RoutingDispatcher,
     TranslatingDispatcher,
 )
 from outbox._errors import (
@@ -41,13 +42,17 @@ from outbox._events import (
     Event,
     MessageDied,
     MessageFailed,
+    RelayAtWork,
     RelayFenced,
     RelaysDied,
     RelayStandsBy,
     RelayStarted,
     RelayStopped,
+    SlotsOwned,
     WriterLate,
 )
+from outbox._health import Health
+from outbox._inbox import Inbox
 from outbox._message import Message
 from outbox._notifier import Notifier
 from outbox._outbox import Counts, DeadLetter, Outbox
@@ -74,6 +79,8 @@ __all__ = [
     "FibonacciBackOff",
     "FilteringDispatcher",
     "HandlerDispatcher",
+    "Health",
+    "Inbox",
     "JsonCodec",
     "LinearBackOff",
     "Message",
@@ -88,12 +95,15 @@ __all__ = [
     "PartialDispatchError",
     "RejectedError",
     "Relay",
+    "RelayAtWork",
     "RelayFenced",
     "RelayStandsBy",
     "RelayStarted",
     "RelayStopped",
     "RelaysDied",
+    "RoutingDispatcher",
     "SchemaError",
+    "SlotsOwned",
     "TranslatingDispatcher",
     "WriterLate",
     "full_jitter",

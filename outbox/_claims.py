@@ -239,7 +239,7 @@ class Claims:
         self._codec = outbox.codec
         self._queries = outbox._queries
         self._membership = membership
-        self._cursor = self._floor = LOWEST
+        self._cursor = self._floor = self._start = LOWEST
         self._due = DueSearch(outbox._queries.claim_due)
         self._horizon = Horizon(patience=math.inf)
 
@@ -256,7 +256,7 @@ class Claims:
         self._due.restart()
         last = await connection.fetchval(self._queries.last_position)
         lowest = await connection.fetchval(self._queries.lowest_fresh, LOWEST, last)
-        self._cursor = last if lowest is None else lowest - 1
+        self._cursor = self._start = last if lowest is None else lowest - 1
 
     async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Batch]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
@@ -319,6 +319,18 @@ class Claims:
     def is_behind(self) -> bool:
         """Whether the floor could be raised."""
         return self._floor < self._cursor
+
+    async def oldest(self, connection: Connection, claims: Iterable[int]) -> timedelta | None:
+        """Returns how long the oldest of all that are due has been waiting: of these claims' messages, and nobody's.
+
+        The search for fresh ones begins at the floor. For as long as there is none it begins where `find_start` left
+        off, above all that is marked or dead: what commits late, below that, is missed until the floor is proven.
+        """
+        bound = self._start if self._floor == LOWEST else self._floor
+        age: timedelta | None = await connection.fetchval(
+            self._queries.oldest, self._membership.owner, bound, list(claims)
+        )
+        return age
 
     async def raise_floor(self, connection: Connection) -> None:
         """Moves the floor up to below the lowest message that is, or may still become, pending and unclaimed.

@@ -180,6 +180,10 @@ class Competing:
 
     # --- leaving ----------------------------------------------------------------------------------------
 
+    async def oldest(self, connection: Connection) -> timedelta | None:
+        """Returns how long the oldest has been waiting, of those due that are in hand or nobody's."""
+        return await self._claims.oldest(connection, self._holdings.claims)
+
     async def renew(self, connection: Connection) -> bool:
         """Renews the lease; False when it was lost, and the relay has begun anew under another name."""
         if await self._membership.renew(connection):

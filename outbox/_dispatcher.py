@@ -1,6 +1,8 @@
 """The seam of this library, `Dispatcher`, and the dispatchers that are no broker's."""
 
-from collections.abc import Awaitable, Callable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Final, Protocol, assert_never, runtime_checkable
 from uuid import UUID
 
@@ -13,6 +15,11 @@ from outbox._queries import Ordering
 
 BEHIND: Final = "not tried, since one before it in its order failed"
 """Why a message failed that was not tried."""
+
+_MANY_TOPICS: Final = 10_000
+"""How many topics a route is remembered for; they may be made of names without end."""
+
+_INSIDE: Final = "Dispatch inside `async with connection.transaction():`, together with the rows the message speaks of"
 
 Decorator = Callable[[Message], Message]
 """Makes a changed copy of a message before it is written: a default header, a trace context."""
@@ -66,24 +73,27 @@ class OutboxDispatcher:
         """
         if not messages:
             return
-        self._require_transaction(messages[0])
+        require_transaction(self._connection, messages[0], "written", _INSIDE)
         for decorate in self._decorators:
             messages = tuple(map(decorate, messages))
         self._outbox._wakeup.watch(self._connection)
         await self._outbox.persist(self._connection, *messages)
 
-    def _require_transaction(self, first: Message) -> None:
-        try:
-            closed, open_transaction = self._connection.is_closed(), self._connection.is_in_transaction()
-        except asyncpg.InterfaceError as error:
-            raise OutboxError(f"message {first.id} was not written: {error}") from error
-        if closed:
-            raise OutboxError(f"message {first.id} was not written: the connection is closed")
-        if not open_transaction:
-            raise NotInTransactionError(
-                f"message {first.id} was not written: no transaction is open on this connection. Dispatch inside "
-                "`async with connection.transaction():`, together with the rows the message speaks of"
-            )
+
+def require_transaction(connection: Connection, message: Message | UUID, done: str, remedy: str) -> None:
+    """Raises unless a transaction is open on the connection, in which the message would be written or accepted."""
+    try:
+        closed, open_transaction = connection.is_closed(), connection.is_in_transaction()
+    except asyncpg.InterfaceError as error:
+        raise OutboxError(f"{_refused(message, done)}: {error}") from error
+    if closed:
+        raise OutboxError(f"{_refused(message, done)}: the connection is closed")
+    if not open_transaction:
+        raise NotInTransactionError(f"{_refused(message, done)}: no transaction is open on this connection. {remedy}")
+
+
+def _refused(message: Message | UUID, done: str) -> str:
+    return f"message {message.id if isinstance(message, Message) else message} was not {done}"
 
 
 class ChainDispatcher:
@@ -120,6 +130,51 @@ class FilteringDispatcher:
         """Hands on those that are accepted, in one call, or makes none when there are none."""
         if accepted := tuple(filter(self._accepts, messages)):
             await self._inner.dispatch(*accepted)
+
+
+class RoutingDispatcher:
+    """Hands each message to the dispatcher of its topic: the parts of a batch go their ways at the same time.
+
+    A part that fails as a whole holds back none of the others. An order is kept within each dispatcher, not from one
+    to another.
+
+    Args:
+        routes: A dispatcher for each topic, or pattern of topics as in `fnmatch`: `orders.*` takes all that begin with
+            "orders.". The first that fits is taken.
+        default: Takes what fits none. None makes of it a failure, which is tried again: a route may come.
+    """
+
+    def __init__(self, routes: Mapping[str, Dispatcher], *, default: Dispatcher | None = None) -> None:
+        self._routes = tuple(routes.items())
+        self._default = default
+        self._known: dict[str, Dispatcher | None] = {}
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Hands the messages on, in one call for each dispatcher that is concerned."""
+        failures: dict[UUID, BaseException] = {}
+        parts: dict[int, tuple[Dispatcher, list[Message]]] = {}
+        for message in messages:
+            if dispatcher := self._route(message.topic):
+                parts.setdefault(id(dispatcher), (dispatcher, []))[1].append(message)
+            else:
+                failures[message.id] = OutboxError(f"no route takes the topic {message.topic!r}")
+        # Every answer is read, also that of one that something inside cancelled: unread it would count as accepted.
+        calls = [dispatcher.dispatch(*part) for dispatcher, part in parts.values()]
+        for (_, part), answer in zip(parts.values(), await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(answer, PartialDispatchError):
+                failures |= answer.failures
+            elif isinstance(answer, BaseException):
+                failures |= dict.fromkeys([message.id for message in part], answer)
+        if failures:
+            raise PartialDispatchError(failures)
+
+    def _route(self, topic: str) -> Dispatcher | None:
+        if topic not in self._known:
+            fits = (dispatcher for pattern, dispatcher in self._routes if fnmatchcase(topic, pattern))
+            if len(self._known) >= _MANY_TOPICS:
+                self._known.clear()
+            self._known[topic] = next(fits, self._default)
+        return self._known[topic]
 
 
 class TranslatingDispatcher:

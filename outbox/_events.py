@@ -93,6 +93,19 @@ class RelayStandsBy:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayAtWork:
+    """This relay stood by and is at work now: those of the other order have gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotsOwned:
+    """Where an order is kept, this relay now owns another number of slots than before."""
+
+    slots: int
+    """How many: of 64 by key, of one in total order."""
+
+
+@dataclass(frozen=True, slots=True)
 class WriterLate:
     """A transaction that wrote messages does not end, and ordered delivery waits for it; never a loss."""
 
@@ -116,6 +129,8 @@ Event = (
     | RelaysDied
     | RelayFenced
     | RelayStandsBy
+    | RelayAtWork
+    | SlotsOwned
     | WriterLate
 )
 

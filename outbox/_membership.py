@@ -45,16 +45,17 @@ class Membership:
         queries = self._queries
         await connection.execute(queries.lock_ordering)
         self.is_active = await connection.fetchval(queries.register, self.owner, self._lease, self._ordering)
-        await self._begin(connection)
+        await self._begin(connection, may_work=self.is_active)
 
-    async def activate(self, connection: Connection) -> None:
-        """Goes to work if no relay of another order is left."""
+    async def activate(self, connection: Connection) -> bool:
+        """Goes to work if no relay of another order is left, with the commit of this: then set `is_active`."""
         await connection.execute(self._queries.lock_ordering)
-        self.is_active = bool(await connection.fetchval(self._queries.activate, self.owner, self._ordering))
-        await self._begin(connection)
+        may_work = bool(await connection.fetchval(self._queries.activate, self.owner, self._ordering))
+        await self._begin(connection, may_work=may_work)
+        return may_work
 
-    async def _begin(self, connection: Connection) -> None:
-        if self.is_active and self._ordering == "none":
+    async def _begin(self, connection: Connection, *, may_work: bool) -> None:
+        if may_work and self._ordering == "none":
             await connection.execute(self._queries.free_lanes)
 
     async def renew(self, connection: Connection) -> bool:

@@ -2,12 +2,15 @@
 
 import asyncio
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import TaskStatus
 
 from outbox._outbox import Outbox, Pool
 from outbox._session import is_transient
+
+if TYPE_CHECKING:  # it would be a quarter of the time that importing this library takes
+    from anyio.abc import TaskStatus
 
 
 class Notifier:
@@ -28,11 +31,12 @@ class Notifier:
         self._pool = pool
         self._debounce = debounce.total_seconds()
 
-    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "TaskStatus[None] | None" = None) -> None:
         """Notifies until it is cancelled."""
         committed = asyncio.Event()
         with self._outbox._wakeup.listening(committed.set):
-            task_status.started()
+            if task_status is not None:
+                task_status.started()
             while True:
                 await committed.wait()
                 await anyio.sleep(self._debounce)

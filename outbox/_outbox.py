@@ -1,11 +1,11 @@
 """The table as an object: `Outbox`, every verb of which takes the connection first."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from importlib.resources import files
 from itertools import chain, repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 from uuid import UUID
 
@@ -40,11 +40,18 @@ _CHUNK_BYTES: Final = 64 * 1024 * 1024
 _BODY: Final = 4
 """Where in a row the body is."""
 
-_MIGRATIONS: Final = tuple(
-    entry.read_text(encoding="utf-8")
-    for entry in sorted(files("outbox").joinpath("migrations").iterdir(), key=lambda entry: entry.name)
-    if entry.name.endswith(".sql")
-)
+_UPGRADE: Final = "upgrade asyncpg-outbox in this service"
+
+
+def scripts_in(*folder: str) -> tuple[str, ...]:
+    """Returns the migrations in a folder of the library, in their order."""
+    # Not by importlib.resources, whose own import takes longer than all that is done here.
+    return tuple(
+        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.joinpath(*folder).glob("*.sql"))
+    )
+
+
+_MIGRATIONS: Final = scripts_in("migrations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,12 @@ class Counts:
     """Those of the pending ones that are delayed, wait for their next attempt, or are tried alone."""
     dead: int
     """The dead letters."""
+    oldest: timedelta | None = field(default=None, compare=False, repr=False)
+    """How long the oldest message that is due has been waiting, by the database's clock; None when none is due.
+
+    One that is delayed, waits for its next attempt, or stands behind another of its key is not due. It grows by
+    itself, and so has no part in comparisons.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,115 @@ class DeadLetter:
     """The position of the dead letter that parked its key: its own, or the one it was parked behind."""
 
 
-class Outbox:
+class Tables:
+    """What an outbox and an inbox have in common: tables of a version, which are made and upgraded.
+
+    Args:
+        table: The name of the first table.
+        schema: The schema's name.
+        version: The statements that keep the version.
+        names: The quoted names that the scripts speak of.
+        scripts: The migrations, in their order.
+    """
+
+    def __init__(
+        self, table: str, schema: str, version: Queries, names: Mapping[str, str], scripts: Sequence[str]
+    ) -> None:
+        self.table = table
+        self.schema = schema
+        self._version = version
+        self._names = names
+        self._scripts = scripts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.table!r}, schema={self.schema!r})"
+
+    async def migrate(self, connection: Connection) -> int:
+        """Creates or upgrades the tables, and returns the version they have now.
+
+        All in one transaction, under a lock: several services may migrate at the same time. It changes nothing
+        when there is nothing to do. Cancelled, it makes all or nothing; a connection that is not a pool's needs a
+        `reset()` afterwards, since the driver may think that a transaction is still open.
+
+        Raises:
+            SchemaError: When the tables are newer than this version of the library.
+            OutboxError: When the database refuses, with the driver's error as its cause.
+        """
+        queries = self._version
+        with self._surfacing("cannot migrate"):
+            # The lock must come before the snapshot, which a stricter isolation would take first of all.
+            isolation: Any = None if connection.is_in_transaction() else "read_committed"
+            async with connection.transaction(isolation=isolation):
+                await connection.execute(queries.lock_migration)
+                if not await connection.fetchval(queries.schema_exists):
+                    await connection.execute(queries.create_schema)
+                await connection.execute(queries.create_version)
+                current = await connection.fetchval(queries.current_version)
+                self._refuse_newer(current)
+                for version, script in enumerate(self._scripts[current:], current + 1):
+                    await connection.execute(script.format(**self._names))
+                    await connection.execute(queries.record_version.format(version))
+        return len(self._scripts)
+
+    def schema_sql(self) -> str:
+        """Returns what `migrate` would run on an empty database, for those who run their own migrations."""
+        names = self._names
+        parts = [] if self.schema == "public" else [f"CREATE SCHEMA IF NOT EXISTS {self._version.schema};"]
+        parts.append(f"{self._version.create_version.strip()};")
+        for version, script in enumerate(self._scripts, 1):
+            parts += [script.format(**names).strip(), f"{self._version.record_version.format(version)};"]
+        return "\n\n".join(parts) + "\n"
+
+    def _upgrade_sql(self) -> str:
+        """Returns what `migrate` does as one statement, for whoever has another driver, or prints what he runs."""
+        queries, newest = self._version, len(self._scripts)
+        steps = "".join(
+            f"IF applied < {version} THEN\n{script.format(**self._names).strip()}\n"
+            f"{queries.record_version.format(version)};\nEND IF;\n"
+            for version, script in enumerate(self._scripts, 1)
+        )
+        return one_statement(f"""\
+{queries.lock_migration.replace("SELECT", "PERFORM", 1)};
+IF NOT ({queries.schema_exists}) THEN {queries.create_schema}; END IF;
+{queries.create_version.strip()};
+applied := ({queries.current_version});
+IF applied > {newest} THEN
+    RAISE EXCEPTION 'the schema of % has version %, this library knows up to {newest}: {_UPGRADE}',
+        {queries.names["outbox_text"]}, applied;
+END IF;
+{steps}""")
+
+    async def check(self, connection: Connection) -> None:
+        """Raises `SchemaError`, with the remedy, unless the tables are of the version this library wants."""
+        with self._surfacing("cannot read the version of the schema"):
+            exists = await connection.fetchval(self._version.version_exists)
+            current = await connection.fetchval(self._version.current_version) if exists else 0
+        self._refuse_newer(current)
+        if current < len(self._scripts):
+            raise SchemaError(self._remedy(f"has version {current}, this library wants {len(self._scripts)}"))
+
+    def _refuse_newer(self, current: int) -> None:
+        if current > len(self._scripts):
+            raise SchemaError(
+                f"the schema of {self!r} has version {current}, this library knows up to {len(self._scripts)}: "
+                f"{_UPGRADE}"
+            )
+
+    def _remedy(self, what: str) -> str:
+        me = type(self).__name__.lower()
+        return f"the schema of {self!r} {what}: run {me}.migrate(connection), or apply {me}.schema_sql()"
+
+    @contextmanager
+    def _surfacing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError) as error:
+            raise SchemaError(self._remedy(f"is not there ({error})")) from error
+        except DRIVER_ERRORS as error:
+            raise OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}") from error
+
+
+class Outbox(Tables):
     """The table and the codec: what a writer and a relay must agree on.
 
     It holds no connection and no transaction: every verb runs on the connection you give it, inside your
@@ -102,72 +223,11 @@ class Outbox:
         codec: Codec | None = None,
         clock: Callable[[], datetime] | None = None,
     ) -> None:
-        self.table = table
-        self.schema = schema
+        self._queries = Queries(table, schema)
+        super().__init__(table, schema, self._queries, self._queries.names, _MIGRATIONS)
         self.codec: Codec = JsonCodec() if codec is None else codec
         self._clock = clock
-        self._queries = Queries(table, schema)
         self._wakeup = Wakeup()
-
-    def __repr__(self) -> str:
-        return f"Outbox({self.table!r}, schema={self.schema!r})"
-
-    # --- the schema -------------------------------------------------------------------------------------
-
-    async def migrate(self, connection: Connection) -> int:
-        """Creates or upgrades the tables, and returns the version they have now.
-
-        All in one transaction, under a lock: several services may migrate at the same time. It changes nothing
-        when there is nothing to do. Cancelled, it makes all or nothing; a connection that is not a pool's needs a
-        `reset()` afterwards, since the driver may think that a transaction is still open.
-
-        Raises:
-            SchemaError: When the tables are newer than this version of the library.
-            OutboxError: When the database refuses, with the driver's error as its cause.
-        """
-        queries = self._queries
-        with self._surfacing("cannot migrate"):
-            # The lock must come before the snapshot, which a stricter isolation would take first of all.
-            isolation: Any = None if connection.is_in_transaction() else "read_committed"
-            async with connection.transaction(isolation=isolation):
-                await connection.execute(queries.lock_migration)
-                if not await connection.fetchval(queries.schema_exists):
-                    await connection.execute(queries.create_schema)
-                await connection.execute(queries.create_version)
-                current = await connection.fetchval(queries.current_version)
-                self._refuse_newer(current)
-                for version, script in enumerate(_MIGRATIONS[current:], current + 1):
-                    await connection.execute(script.format(**queries.names))
-                    await connection.execute(queries.record_version.format(version))
-        return len(_MIGRATIONS)
-
-    def schema_sql(self) -> str:
-        """Returns what `migrate` would run on an empty database, for those who run their own migrations."""
-        names = self._queries.names
-        parts = [] if self.schema == "public" else [f"CREATE SCHEMA IF NOT EXISTS {self._queries.schema};"]
-        parts.append(f"{self._queries.create_version.strip()};")
-        for version, script in enumerate(_MIGRATIONS, 1):
-            parts += [script.format(**names).strip(), f"{self._queries.record_version.format(version)};"]
-        return "\n\n".join(parts) + "\n"
-
-    async def check(self, connection: Connection) -> None:
-        """Raises `SchemaError`, with the remedy, unless the tables are of the version this library wants."""
-        with self._surfacing("cannot read the version of the schema"):
-            exists = await connection.fetchval(self._queries.version_exists)
-            current = await connection.fetchval(self._queries.current_version) if exists else 0
-        self._refuse_newer(current)
-        if current < len(_MIGRATIONS):
-            raise SchemaError(self._remedy(f"has version {current}, this library wants {len(_MIGRATIONS)}"))
-
-    def _refuse_newer(self, current: int) -> None:
-        if current > len(_MIGRATIONS):
-            raise SchemaError(
-                f"the schema of {self!r} has version {current}, this library knows up to {len(_MIGRATIONS)}: "
-                "upgrade asyncpg-outbox in this service"
-            )
-
-    def _remedy(self, what: str) -> str:
-        return f"the schema of {self!r} {what}: run outbox.migrate(connection), or apply outbox.schema_sql()"
 
     # --- writing ----------------------------------------------------------------------------------------
 
@@ -182,16 +242,21 @@ class Outbox:
             SchemaError: When the table does not exist.
             OutboxError: When the database refuses, with the driver's error as its cause.
         """
+        statements = self._writing(messages)
+        what = f"cannot write {len(messages)} message(s), the first is {messages[0].id}" if messages else ""
+        with self._surfacing(what):
+            for statement, arguments in statements:
+                await connection.execute(statement, *arguments)
+
+    def _writing(self, messages: Sequence[Message]) -> Iterable[tuple[str, Sequence[Any]]]:
+        """Encodes the messages, and returns the statements that write them, each with its arguments."""
         rows = [self._row(message) for message in messages]
         fresh = [row[:-1] for row in rows if row[-1] is None]
-        with self._surfacing(f"cannot write {len(rows)} message(s), the first is {messages[0].id}" if messages else ""):
-            if len(fresh) == 1:
-                await connection.execute(self._queries.insert, *fresh[0])
-            else:
-                await self._insert(connection, "outbox", fresh)
-            if len(fresh) < len(rows):
-                # Delayed messages go straight to where they wait, and are never in the way of fresh ones.
-                await self._insert(connection, "waiting", [row for row in rows if row[-1]])
+        if len(rows) == len(fresh) == 1:
+            return ((self._queries.insert, fresh[0]),)
+        # Delayed messages go straight to where they wait, and are never in the way of fresh ones.
+        delayed = [row for row in rows if row[-1]]
+        return chain(self._inserts("outbox", fresh), self._inserts("waiting", delayed))
 
     def _row(self, message: Message) -> tuple[Any, ...]:
         if not isinstance(message, Message):
@@ -202,13 +267,13 @@ class Outbox:
         )
         return message.id, message.topic, message.key, headers, body, recorded_at, message.due_at
 
-    async def _insert(
-        self, connection: Connection, table: Literal["outbox", "waiting"], rows: Sequence[tuple[Any, ...]]
-    ) -> None:
+    def _inserts(
+        self, table: Literal["outbox", "waiting"], rows: Sequence[tuple[Any, ...]]
+    ) -> Iterator[tuple[str, Sequence[Any]]]:
         for chunk in _chunks(rows):
             size = 1 << (len(chunk) - 1).bit_length()  # the next power of two
             filling = repeat(None, (size - len(chunk)) * len(chunk[0]))
-            await connection.execute(self._queries.insert_many(table, size), *chain.from_iterable(chunk), *filling)
+            yield self._queries.insert_many(table, size), (*chain.from_iterable(chunk), *filling)
 
     # --- reading and settling, for relays of your own and for operators -----------------------------------
 
@@ -293,14 +358,13 @@ class Outbox:
         with self._surfacing("cannot discard"):
             return affected(await connection.execute(self._queries.discard, list(ids)))
 
-    @contextmanager
-    def _surfacing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError) as error:
-            raise SchemaError(self._remedy(f"is not there ({error})")) from error
-        except DRIVER_ERRORS as error:
-            raise OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}") from error
+
+def one_statement(body: str) -> str:
+    """Makes one statement of several, in quotes that no name in them has."""
+    quotes = "$outbox$"
+    while quotes in body:
+        quotes = f"{quotes[:-1]}_$"
+    return f"DO {quotes}\nDECLARE applied integer;\nBEGIN\n{body}END\n{quotes}"
 
 
 def _chunks(rows: Sequence[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:

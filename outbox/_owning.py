@@ -20,7 +20,7 @@ from outbox._claims import (
     settle,
     with_large_bodies,
 )
-from outbox._events import Event, WriterLate
+from outbox._events import Event, SlotsOwned, WriterLate
 from outbox._horizon import HIGHEST, LOWEST, Horizon
 from outbox._lanes import Lanes
 from outbox._membership import Membership
@@ -125,6 +125,7 @@ class Owning:
         self._balance_seconds = min(_BALANCE_SECONDS, lease.total_seconds() / 10)
         self._poll_interval = poll_interval.total_seconds()
         self._tell = tell
+        self._slots_told = 0
         self._lanes = Lanes(batch_size * concurrency)
         self._horizon = Horizon(patience.total_seconds())
         self._due = DueSearch(self._lane_queries.claim_due)
@@ -238,6 +239,13 @@ class Owning:
             self._note(gain.lanes)
             self._cursor = LOWEST
             self._next_due = 0.0
+        self._tell_slots()
+
+    def _tell_slots(self) -> None:
+        owned = 0 if self._must_begin else len(self._slots.owned)
+        if owned != self._slots_told:
+            self._slots_told = owned
+            self._tell(SlotsOwned(owned))
 
     async def _learn_lanes(self, connection: Connection, owner: UUID, slots: Iterable[int]) -> _Lanes:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
@@ -457,6 +465,7 @@ class Owning:
         if reading is None or self._must_begin:
             return False
         self._known = reading.doubt
+        self._tell_slots()  # which were read anew, if they were in doubt
         self._cursor = reading.cursor
         self._read_upto = max(self._read_upto, reading.cursor)
         self._note_lanes(reading)
@@ -662,11 +671,20 @@ class Owning:
 
     # --- leaving ----------------------------------------------------------------------------------------
 
+    async def oldest(self, connection: Connection) -> timedelta | None:
+        """Returns how long the oldest has been waiting, of those due in the slots that this relay owns."""
+        if not (owned := mask_of(self._slots.owned)):
+            return None
+        fresh = min((position_of(message) - 1 for message in self._lanes.fresh()), default=HIGHEST)
+        age: timedelta | None = await connection.fetchval(self._lane_queries.oldest, owned, min(self._cursor, fresh))
+        return age
+
     async def renew(self, connection: Connection) -> bool:
         """Renews the lease; False when it was lost, and the relay has begun anew under another name."""
         if await self._membership.renew(connection) and not self._is_stale:
             return True
         self._is_stale = self._must_begin = True
+        self._tell_slots()
         self._membership.rename()
         await self._membership.register(connection)
         return False
@@ -680,6 +698,8 @@ class Owning:
         await connection.execute(self._queries.drop_all_claims, [owner])
         await connection.execute(self._lane_queries.release, owner, list(range(SLOTS["key"])))
         await self._membership.leave(connection)
+        self._slots.forget(list(self._slots.owned))
+        self._tell_slots()
 
 
 def _parked(position: int, attempts: int, lane: int, head: int, error: str | None = None) -> Buried:

@@ -23,11 +23,27 @@ _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(
 _HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
                 w.attempts, w.suspect, w.due_at"""
 
+# Since when a message has been waiting. Who writes it may give any time, one ahead of the database's clock too, and
+# none that is finite: an age of those is an error of the driver or, before PostgreSQL 17, of the server.
+_SINCE: Final = "LEAST(GREATEST({}, 'epoch'), statement_timestamp())"
+
 # A lane is what is kept in order. Two keys of one hash share a lane, which only means less at once; who has no key
 # has none. The bytes decide, whatever the collation of the database takes for equal.
 SLOTS: Final = {"none": 0, "key": 64, "total": 1}
 _LANE_OF: Final = {"key": 'hashtextextended(key COLLATE "C", 0)', "total": "0::bigint"}
 _SLOT_OF: Final = {"key": f"(COALESCE({_LANE_OF['key']}, position) & 63)", "total": "0"}
+
+# By table, what every relay must be allowed to do.
+_RELAY_RIGHTS: Final = {
+    "outbox": "SELECT UPDATE DELETE",
+    "waiting": "SELECT INSERT UPDATE DELETE",
+    "relays": "SELECT INSERT UPDATE DELETE",
+    "claims": "SELECT INSERT DELETE",
+    "slots": "SELECT UPDATE",
+    "dead": "INSERT",
+    "version": "SELECT",
+    "sequence": "SELECT",
+}
 
 # What a writer gives of a message, and the types. Delayed messages have a due time more.
 _WRITTEN: Final = ("id", "topic", "key", "headers", "payload", "recorded_at")
@@ -254,6 +270,23 @@ class Queries:
                 AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $1)
             ORDER BY position LIMIT 1"""
 
+        # How long the oldest has been waiting of all that is due and in the hands of nobody or of $1, who holds the
+        # claims $3. An index lookup each: for those beyond $2, those claimed, and those that waited for their time.
+        # Positions follow the time of recording closely enough.
+        self.oldest = f"""
+            SELECT statement_timestamp() - LEAST(
+                (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
+                 WHERE position > $2 AND dispatched_at IS NULL
+                    AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $2)
+                 ORDER BY position LIMIT 1),
+                (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
+                 WHERE dispatched_at IS NULL AND position = ANY(ARRAY(
+                    SELECT unnest(positions) FROM {claims} WHERE upto = ANY($3::bigint[]) AND owner = $1))
+                 ORDER BY position LIMIT 1),
+                (SELECT {_SINCE.format("recorded_at, due_at")} FROM {waiting}
+                 WHERE due_at <= statement_timestamp() AND (owner IS NULL OR owner = $1)
+                 ORDER BY due_at, position LIMIT 1))"""
+
         self.last_position = f"SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {names['sequence']}"
 
         # Everybody who may still commit a position that was taken before this statement: a writer holds this lock
@@ -293,9 +326,15 @@ class Queries:
 
         self.counts = f"""
             SELECT o.total + w.total AS total, o.dispatched, o.total - o.dispatched + w.total AS pending,
-                w.total AS waiting, (SELECT count(*) FROM {dead}) AS dead
-            FROM (SELECT count(*) AS total, count(dispatched_at) AS dispatched FROM {outbox}) AS o,
-                (SELECT count(*) AS total FROM {waiting}) AS w"""
+                w.total AS waiting, (SELECT count(*) FROM {dead}) AS dead,
+                statement_timestamp() - LEAST(o.since, w.since) AS oldest
+            FROM (
+                SELECT count(*) AS total, count(dispatched_at) AS dispatched,
+                    min({_SINCE.format("recorded_at")}) FILTER (WHERE dispatched_at IS NULL) AS since
+                FROM {outbox}) AS o,
+                (SELECT count(*) AS total,
+                    min({_SINCE.format("recorded_at, due_at")}) FILTER (WHERE due_at <= statement_timestamp()) AS since
+                FROM {waiting}) AS w"""
 
         self.dead_letters = f"""
             SELECT {_MESSAGE}, attempts, error, died_at, behind FROM {dead}
@@ -498,6 +537,16 @@ class LaneQueries:
                 AND position NOT IN (SELECT unnest($4::bigint[]))
             ORDER BY position LIMIT $5"""
 
+        # The same as without an order, of what falls into the slots of $1: nobody else has any of it in hand.
+        self.oldest = f"""
+            SELECT statement_timestamp() - LEAST(
+                (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
+                 WHERE position > $2 AND dispatched_at IS NULL AND {mine("$1")}
+                 ORDER BY position LIMIT 1),
+                (SELECT {_SINCE.format("recorded_at, due_at")} FROM {waiting}
+                 WHERE due_at <= statement_timestamp() AND {mine("$1")}
+                 ORDER BY due_at, position LIMIT 1))"""
+
         # Notes what is in a relay's hands, for the case of its death. One that was declared dead notes nothing.
         self.claim = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE)
@@ -576,6 +625,150 @@ class LaneQueries:
             back AS (DELETE FROM {dead} WHERE behind = ANY($2::bigint[]) AND EXISTS (SELECT FROM alive) RETURNING *)
             INSERT INTO {waiting} ({parked}, due_at, error, lane)
             SELECT {parked}, statement_timestamp(), error, lane FROM back"""
+
+
+class InboxQueries:
+    """The statements for one inbox; the names are validated and quoted as those of an outbox are, by its queries."""
+
+    def __init__(self, table: str, schema: str) -> None:
+        # An inbox keeps its version as an outbox does.
+        self.version = Queries(table, schema)
+        inbox = self.version.names["outbox"]
+        self.names = {"inbox": inbox, "inbox_accepted_at": _quoted(f"{table}_accepted_at")}
+
+        # The unique index decides. It waits for a transaction that has accepted the same message and not ended yet.
+        self.accept = f"INSERT INTO {inbox} (id) VALUES ($1) ON CONFLICT (id) DO NOTHING RETURNING true"
+
+        # By the index on the time, the oldest first. Two at once do not wait for each other. With an array the rows
+        # are found by their key, whatever the planner takes for the number of them. statement_timestamp() is stable,
+        # which an index needs.
+        self.cleanup = f"""
+            DELETE FROM {inbox} WHERE id = ANY(ARRAY(
+                SELECT id FROM {inbox} WHERE accepted_at < statement_timestamp() - $1::interval
+                ORDER BY accepted_at LIMIT $2
+                FOR UPDATE SKIP LOCKED))"""
+
+
+class OperatorQueries:
+    """The statements of whoever looks after one outbox: its state, its dead letters, and what may ail it."""
+
+    def __init__(self, queries: Queries) -> None:
+        names = queries.names
+        outbox, waiting, dead = names["outbox"], names["waiting"], names["dead"]
+        relays, claims, slots = names["relays"], names["claims"], names["slots"]
+        tables = ("outbox", "waiting", "dead", "relays", "claims", "slots", "version")
+        listed = ", ".join(f"('{name}', {_literal(names[name])})" for name in tables)
+
+        # --- status -------------------------------------------------------------------------------------
+
+        # What is held was due when it was claimed. With an order, a claim is a note and may hold a little more.
+        self.relays = f"""
+            SELECT owner, ordering, active, until - statement_timestamp() AS lease,
+                statement_timestamp() - started_at AS age,
+                (SELECT COALESCE(sum(cardinality(positions)), 0) FROM {claims} AS c WHERE c.owner = r.owner)
+                + (SELECT count(*) FROM {waiting} AS w WHERE w.owner = r.owner) AS claimed,
+                (SELECT count(*) FROM {slots} AS s WHERE s.owner = r.owner) AS slots
+            FROM {relays} AS r ORDER BY started_at, owner"""
+        self.dead_by_topic = f"SELECT topic, count(*) AS dead FROM {dead} GROUP BY topic ORDER BY dead DESC, topic"
+
+        # --- dead letters -------------------------------------------------------------------------------
+
+        # Without the bodies, which may be large: by id, topic, key, a part of the error, and age.
+        self.find_dead = f"""
+            SELECT id, position, topic, key, attempts, error, died_at, statement_timestamp() - died_at AS age, behind
+            FROM {dead}
+            WHERE ($1::uuid[] IS NULL OR id = ANY($1)) AND ($2::text IS NULL OR topic = $2)
+                AND ($3::text IS NULL OR key = $3) AND ($4::text IS NULL OR strpos(lower(error), lower($4)) > 0)
+                AND ($5::interval IS NULL OR died_at < statement_timestamp() - $5)
+                AND ($6::interval IS NULL OR died_at > statement_timestamp() - $6)
+            ORDER BY position LIMIT $7"""
+
+        # --- doctor: the messages and the relays --------------------------------------------------------
+
+        # With the order that relays have been keeping for so long that they must have shared the slots.
+        self.slots = f"""
+            SELECT slot, owner, owner IN (SELECT owner FROM {relays}) AS is_known,
+                (SELECT min(ordering) FROM {relays} WHERE active AND ordering <> 'none'
+                    AND until > statement_timestamp() AND started_at < statement_timestamp() - interval '1 minute')
+                AS ordering
+            FROM {slots} ORDER BY slot"""
+        # For a human, who knows that no relay is at work.
+        self.free_lost_slots = (
+            f"UPDATE {slots} SET owner = NULL, epoch = epoch + 1 WHERE owner NOT IN (SELECT owner FROM {relays})"
+        )
+        self.dead_letters = f"SELECT count(*) AS dead FROM {dead}"
+
+        # --- doctor: the horizon ------------------------------------------------------------------------
+
+        # Who sees an old state of the database, so that no row that died since can be vacuumed. Sessions in other
+        # databases do not count, but for those that stream to a standby. Another role's show only to those who may see
+        # them.
+        self.open_transactions = """
+            SELECT pid, usename, application_name, state, clock_timestamp() - xact_start AS age,
+                clock_timestamp() - query_start AS query_age
+            FROM pg_catalog.pg_stat_activity
+            WHERE (backend_xmin IS NOT NULL OR backend_xid IS NOT NULL) AND pid <> pg_backend_pid()
+                AND (datname = current_database() OR backend_type = 'walsender')
+                AND backend_type IS DISTINCT FROM 'autovacuum worker'
+            ORDER BY xact_start"""
+        self.prepared = """
+            SELECT gid, owner, clock_timestamp() - prepared AS age FROM pg_catalog.pg_prepared_xacts
+            WHERE database = current_database() ORDER BY prepared"""
+        self.replication_slots = """
+            SELECT slot_name, slot_type, xmin IS NOT NULL AS holds_all FROM pg_catalog.pg_replication_slots
+            WHERE NOT active AND (xmin IS NOT NULL OR catalog_xmin IS NOT NULL)
+                AND (database IS NULL OR database = current_database())
+            ORDER BY slot_name"""
+
+        # --- doctor: the tables -------------------------------------------------------------------------
+
+        self.dead_rows = f"""
+            SELECT t.name AS table_name, n_live_tup AS live, n_dead_tup AS dead, last_autovacuum
+            FROM (VALUES {listed}) AS t (kind, name)
+            JOIN pg_catalog.pg_stat_all_tables ON relid = to_regclass(t.name)"""
+        self.options = f"""
+            SELECT kind, t.name AS table_name, COALESCE(reloptions, ARRAY[]::text[]) AS options
+            FROM (VALUES {listed}) AS t (kind, name) JOIN pg_catalog.pg_class ON oid = to_regclass(t.name)"""
+        self.indexes = f"""
+            SELECT t.name AS table_name, '"' || replace(c.relname, '"', '""') || '"' AS name, indisprimary, indisvalid
+            FROM (VALUES {listed}) AS t (kind, name)
+            LEFT JOIN (pg_catalog.pg_index AS i JOIN pg_catalog.pg_class AS c ON c.oid = i.indexrelid)
+                ON indrelid = to_regclass(t.name)"""
+
+        # --- doctor: the server -------------------------------------------------------------------------
+
+        self.server = """
+            SELECT current_setting('server_version_num')::integer / 10000 AS version,
+                pg_is_in_recovery() AS is_standby, current_setting('fsync') AS fsync,
+                current_setting('full_page_writes') AS full_page_writes,
+                current_setting('synchronous_commit') AS synchronous_commit,
+                current_setting('autovacuum') AS autovacuum, current_setting('track_counts') AS track_counts"""
+        self.notification_queue = "SELECT pg_notification_queue_usage() AS usage"
+        self.now = "SELECT clock_timestamp()"
+
+        wanted = ", ".join(
+            f"({_literal(names[name])}, '{right}')"
+            for name, rights in _RELAY_RIGHTS.items()
+            for right in rights.split()
+        )
+        self.missing_rights = f"""
+            SELECT current_user AS role, name AS table_name, string_agg(right_, ', ' ORDER BY right_) AS rights
+            FROM (VALUES {wanted}) AS needed (name, right_)
+            WHERE NOT has_table_privilege(to_regclass(name), right_)
+            GROUP BY name ORDER BY name"""
+        self.sees_others = "SELECT current_user AS role, pg_has_role('pg_read_all_stats', 'USAGE') AS sees_others"
+
+        # --- bench --------------------------------------------------------------------------------------
+
+        self.drop = f"DROP TABLE IF EXISTS {', '.join(names[name] for name in tables)}"
+        # The floor: what anybody would write by hand.
+        self.plain_insert = f"INSERT INTO {outbox} (id, topic, headers, payload) VALUES ($1, $2, '{{}}', $3)"
+        self.fill = f"""
+            INSERT INTO {outbox} (id, topic, payload)
+            SELECT gen_random_uuid(), 'bench', $2 FROM generate_series(1, $1)"""
+        self.plain_lock = f"""
+            SELECT position, id, topic, key, headers, payload FROM {outbox}
+            ORDER BY position LIMIT $1 FOR UPDATE SKIP LOCKED"""
 
 
 def _quoted(name: str) -> str:

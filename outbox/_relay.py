@@ -3,10 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Final
-
-import anyio
-from anyio.abc import TaskStatus
+from typing import TYPE_CHECKING, Final
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._claims import CommitStrategy
@@ -14,10 +11,14 @@ from outbox._delivery import Upcast
 from outbox._dispatcher import Dispatcher
 from outbox._errors import OutboxError, describe
 from outbox._events import Hook
+from outbox._health import Health, examine
 from outbox._outbox import DRIVER_ERRORS, Outbox, Pool
 from outbox._owning import OnFailure
 from outbox._queries import Ordering
 from outbox._worker import Settings, Worker
+
+if TYPE_CHECKING:  # it would be a quarter of the time that importing this library takes
+    from anyio.abc import TaskStatus
 
 _DESTINATION_DOWN: Final = ExponentialBackOff(
     initial=timedelta(milliseconds=200), maximum=timedelta(seconds=15), max_tries=-1, jitter=half_jitter
@@ -128,7 +129,7 @@ class Relay:
         )
         self._worker: Worker | None = None
 
-    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: "TaskStatus[None] | None" = None) -> None:
         """Relays until `stop` is called or the task is cancelled.
 
         It is ready (`task_status.started()`) when it has reached the database and begins to claim. It outlives the
@@ -146,7 +147,7 @@ class Relay:
         self._worker = Worker(self._settings)
         try:
             with surfacing_alone(f"the relay of {self._settings.outbox!r} cannot go on"):
-                await self._worker.run(task_status)
+                await self._worker.run(task_status.started if task_status else _nothing)
         finally:
             self._worker = None
 
@@ -174,6 +175,31 @@ class Relay:
         if self._worker is not None:
             await self._worker.stop()
 
+    async def health(self, *, max_age: timedelta = timedelta(minutes=1)) -> Health:
+        """Looks whether `run` is alive and keeps up, for the probes of whoever runs it.
+
+        Alive means that it runs and moves. It is not when `run` has not begun or has ended, and when a call of the
+        destination ignores its cancellation at the time limit: then only a restart helps. A database or a destination
+        that is away leaves it alive, since the relay goes on by itself when they are back.
+
+        Ready means that, besides, the database answers and no message that is due has been waiting for longer than
+        `max_age`. Counted are those that this relay holds and those that nobody does or, with an order, those of the
+        keys that are this relay's; not those that are delayed, wait for their next attempt, or stand behind another
+        that does. A relay that stands by for another order is ready.
+
+        It takes two seconds at most, and a few index lookups however long the backlog is, on a connection that the
+        relay has anyway. It never raises for what it finds.
+
+        Args:
+            max_age: How long a message that is due may wait.
+
+        Raises:
+            ValueError: When `max_age` is not longer than zero.
+        """
+        if max_age <= timedelta():
+            raise ValueError(f"max_age must be longer than zero, not {max_age!r}")
+        return await examine(self._worker, max_age)
+
     def _require_connections(self) -> None:
         wanted = 3 if self._settings.listen else 2
         if self._settings.pool.get_max_size() < wanted:
@@ -181,6 +207,10 @@ class Relay:
                 f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}, "
                 "and more when others, the destination for one, use the same pool"
             )
+
+
+def _nothing() -> None:
+    """Hears that the relay is ready, when nobody waits for it."""
 
 
 def _check_order(order: Ordering, on_failure: OnFailure) -> None:

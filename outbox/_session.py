@@ -36,6 +36,17 @@ class Session:
         self._limit = self._usual_limit = limit
         self._connection: PoolConnectionProxy[Any] | None = None
         self._lock = anyio.Lock()
+        self._is_closed = False
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the next transaction may take."""
+        return self._limit
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it has a connection."""
+        return self._connection is not None
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
@@ -48,13 +59,12 @@ class Session:
             try:
                 # However long the work may take, a server that answers at all begins it within the usual limit.
                 with anyio.fail_after(self._usual_limit):
-                    if self._connection is None:
-                        self._connection = await self._pool.acquire()
-                    await self._connection.execute(self._begin(int(self._limit * 1000)))
+                    connection = await self._connected()
+                    await connection.execute(self._begin(int(self._limit * 1000)))
                 try:
                     with anyio.fail_after(self._limit):
-                        yield self._connection
-                        await self._connection.execute("COMMIT")
+                        yield connection
+                        await connection.execute("COMMIT")
                 except (TimeoutError, asyncpg.QueryCanceledError):
                     self._limit *= 2
                     raise
@@ -63,8 +73,16 @@ class Session:
                 await self._abandon()
                 raise
 
+    async def _connected(self) -> "PoolConnectionProxy[Any]":
+        if self._connection is None:
+            self._connection = await self._pool.acquire()
+        if self._is_closed:  # or it would never be given back
+            raise asyncpg.InterfaceError("the relay has ended")
+        return self._connection
+
     async def close(self, *, in_doubt: bool) -> None:
-        """Gives the connection back to the pool; terminates it when the server may not answer any more."""
+        """Gives the connection back to the pool for good; terminates it when the server may not answer any more."""
+        self._is_closed = True
         if in_doubt or self._lock.locked():
             await self._abandon()
         elif self._connection is not None:

@@ -3,14 +3,13 @@
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
 from typing import Final, Protocol, TypeVar
 
 import anyio
-from anyio.abc import TaskStatus
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._breaker import Breaker
@@ -28,13 +27,14 @@ from outbox._events import (
     Hook,
     MessageDied,
     MessageFailed,
+    RelayAtWork,
     RelayFenced,
     RelaysDied,
     RelayStandsBy,
     RelayStarted,
     RelayStopped,
-    WriterLate,
 )
+from outbox._log import log
 from outbox._membership import Membership, TakenOver
 from outbox._message import Message
 from outbox._outbox import Connection, Outbox, Pool, position_of
@@ -111,6 +111,7 @@ class Hands(Protocol):
     def to_settle(self) -> Settlement | None: ...
     async def settle(self, connection: Connection, settlement: Settlement) -> None: ...
     def settled(self, settlement: Settlement) -> bool: ...
+    async def oldest(self, connection: Connection) -> timedelta | None: ...
     async def renew(self, connection: Connection) -> bool: ...
     async def leave(self, connection: Connection) -> None: ...
 
@@ -120,6 +121,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._table = f"{settings.outbox.schema}.{settings.outbox.table}"
         self._lease = settings.lease.total_seconds()
         self._grace = settings.grace.total_seconds()
         self._membership = Membership(settings.outbox, settings.lease, settings.order)
@@ -132,6 +134,9 @@ class Worker:
         self._delivered = 0
         self._settle_lock = anyio.Lock()
         self._given_back = 0
+        # For its health: when the calls of the destination under way began, and when the lease was last seen to.
+        self._calls: list[float] = []
+        self._moved = math.inf
         self._lease_ends = 0.0
         self._next_orphans = 0.0
         self._opening = anyio.CancelScope()
@@ -171,16 +176,16 @@ class Worker:
 
     # --- the run ----------------------------------------------------------------------------------------
 
-    async def run(self, task_status: TaskStatus[None]) -> None:
-        """Works until stop() or cancellation."""
+    async def run(self, is_ready: Callable[[], None]) -> None:
+        """Works until stop() or cancellation, and tells once when it has begun."""
         try:
             with self._opening:
                 await self._persistently(self._open)
             if not self._stopping.is_set():
                 self._tell(RelayStarted())
-                await self._work(task_status)
+                await self._work(is_ready)
             else:  # before there was a database: whoever waits for the start need wait no longer
-                task_status.started()
+                is_ready()
         finally:
             try:
                 await self._end(self._settling_time())
@@ -191,7 +196,7 @@ class Worker:
     def _settling_time(self) -> float:
         return min(max(_SETTLE_SECONDS, self._grace / 4), self._stop_by - anyio.current_time())
 
-    async def _work(self, task_status: TaskStatus[None]) -> None:
+    async def _work(self, is_ready: Callable[[], None]) -> None:
         async with anyio.create_task_group() as life:
             for task in (self._renewing, self._taking_over, self._settling, self._cleaning, self._listening):
                 life.start_soon(task)
@@ -200,7 +205,7 @@ class Worker:
                     work.start_soon(self._claiming)
                     for _ in range(self._settings.concurrency):
                         work.start_soon(self._delivering)
-                    task_status.started()
+                    is_ready()
                     await self._stopping.wait()
                     # Deliveries get the most of the grace period, the rest is for settling what they did.
                     self._stop_by = anyio.current_time() + self._grace
@@ -383,6 +388,7 @@ class Worker:
             self._note_failures(batch, [(messages[0], OutboxError(CRASH), buried)])
             return ()
         try:
+            self._calls.append(started)
             failures = await deliver(
                 settings.destination,
                 messages,
@@ -393,6 +399,8 @@ class Worker:
         except BaseException:
             self._breaker.released()
             raise
+        finally:
+            self._calls.remove(started)
         accepted = [one for one in messages if position_of(one) not in failures] if failures else messages
         if accepted:
             self._delivered += len(accepted)
@@ -471,6 +479,7 @@ class Worker:
             await self._persistently(self._renew)
 
     async def _renew(self) -> None:
+        self._moved = monotonic()
         async with self._upkeep.transaction() as connection:
             started = monotonic()
             alive = await self._hands.renew(connection)
@@ -504,8 +513,10 @@ class Worker:
         """Takes over from them, and goes to work if this relay stood by for them."""
         async with self._upkeep.transaction() as connection:
             taken = await self._membership.take_over(connection, orphans=orphans)
-            if not self._membership.is_active:
-                await self._membership.activate(connection)
+            goes_to_work = not self._membership.is_active and await self._membership.activate(connection)
+        if goes_to_work:  # which is so when it is committed, and not before
+            self._membership.is_active = True
+            self._tell(RelayAtWork())
         return taken
 
     async def _cleaning(self) -> None:
@@ -543,47 +554,50 @@ class Worker:
     def _woken(self, *_: object) -> None:
         self._wake.set()
 
+    # --- its health -------------------------------------------------------------------------------------
+
+    async def oldest(self) -> timedelta | None:
+        """Asks the database how long the oldest has been waiting of all that is due and this relay's business.
+
+        On the connection that claims, between two claims: so it needs no more of the pool than the relay does.
+        """
+        async with self._searching.transaction() as connection:
+            return await self._hands.oldest(connection) if self._membership.is_active else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `run` is over."""
+        return self._stopped.is_set()
+
+    def silent_one(self) -> str:
+        """Says who it must have been, when the database was asked and no answer came."""
+        pool = self._settings.pool
+        if self._searching.is_connected or pool.get_idle_size() or pool.get_size() < pool.get_max_size():
+            return "the database did not answer"
+        return f"the pool had no connection to give (all {pool.get_size()} are in use)"
+
+    def not_at_work(self) -> Iterator[str]:
+        """Says why it claims nothing, other than for standing by."""
+        if self._stopping.is_set():
+            yield "the relay is stopping"
+        elif not self._lease_ends:
+            yield "the relay has not reached the database yet"
+
+    def stuck(self) -> Iterator[str]:
+        """Says what does not move, though everything that it could be waiting for has a time limit."""
+        now, limit = monotonic(), self._settings.dispatch_timeout
+        if self._calls and now - self._calls[0] > 2 * limit.total_seconds():
+            yield f"a call of the destination, limited to {limit}, has not returned for {now - self._calls[0]:.0f} s"
+        # Twice the lease and a transaction: it sleeps, waits for the connection, perhaps for a new one, and renews.
+        if now - self._moved > 2 * (self._lease + self._upkeep.limit):
+            yield f"the lease has not been renewed, nor has it been tried, for {now - self._moved:.0f} s"
+
     # --- telling ----------------------------------------------------------------------------------------
 
     def _tell(self, event: Event) -> None:
-        _log(event)
+        log(event, self._table)
         for hook in self._settings.hooks:
             try:
                 hook(event)
             except Exception:
                 _LOGGER.exception("a hook failed on %s", type(event).__name__)
-
-
-def _log(event: Event) -> None:
-    match event:
-        case MessageDied():
-            _LOGGER.error("%r is a dead letter after %d attempts: %r", event.message, event.attempts, event.error)
-        case MessageFailed():
-            _LOGGER.warning("%r failed, next try in %s: %r", event.message, event.delay, event.error)
-        case DestinationDown():
-            _LOGGER.warning("the destination is unavailable, next try in %s: %r", event.delay, event.error)
-        case DatabaseLost():
-            _LOGGER.warning("the database is away, next try in %s: %r", event.delay, event.error)
-        case RelaysDied():
-            _LOGGER.warning("%d relay(s) died holding %d message(s), now tried again", event.relays, event.messages)
-        case RelayFenced():
-            _LOGGER.warning("this relay did not renew its lease in time and lost what it held")
-        case _:
-            _log_of_order(event)
-
-
-def _log_of_order(event: Event) -> None:
-    match event:
-        case RelayStandsBy():
-            _LOGGER.warning("this relay stands by: others with another order than %r are at work", event.order)
-        case WriterLate(passed_over=False):
-            _LOGGER.warning("ordered delivery waits for a transaction of pid %s, open for %s", event.pid, event.age)
-        case WriterLate():
-            _LOGGER.warning(
-                "ordered delivery no longer waits for a transaction of pid %s, open for %s: what it commits comes "
-                "out of order",
-                event.pid,
-                event.age,
-            )
-        case _:
-            pass

@@ -33,6 +33,7 @@ import asyncpg
 import pytest
 
 from outbox.embedded import Server
+from tests.destinations.brokers import Process
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,7 +106,7 @@ async def abandon(things: Iterable[object]) -> None:
     for thing in things:
         if isinstance(thing, asyncpg.Pool) or type(thing) is asyncpg.Connection:  # and not one of a pool
             thing.terminate()
-        elif isinstance(thing, Server):
+        elif isinstance(thing, Server | Process):
             await thing.stop()
 
 

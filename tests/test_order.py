@@ -27,6 +27,7 @@ from outbox import (
     PartialDispatchError,
     RejectedError,
     Relay,
+    RelayAtWork,
     RelayFenced,
     RelayStandsBy,
     WriterLate,
@@ -767,6 +768,46 @@ async def test_a_relay_of_another_order_stands_by_until_the_others_have_gone(
         await write(pool, outbox, 2, key="a")
         await second.has_accepted(1)
     assert (first.accepted, second.accepted) == ([1], [2])
+
+
+async def test_going_to_work_that_did_not_commit_is_done_again(
+    dsn: str, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    activated: set[int] = set()
+    failed: list[bool] = []
+
+    class Failing(asyncpg.Connection):
+        async def fetchval(self, query: str, *args: Any, **options: Any) -> Any:
+            value = await super().fetchval(query, *args, **options)
+            if "SET active = true" in query and value:
+                activated.add(id(self))
+            return value
+
+        async def execute(self, query: str, *args: Any, **options: Any) -> str:
+            if query == "COMMIT" and id(self) in activated and not failed:
+                failed.append(True)
+                self.terminate()
+                raise ConnectionResetError("the COMMIT did not get through")
+            return await super().execute(query, *args, **options)
+
+    first, second, events = Destination(), Destination(), Events()
+    lease = timedelta(seconds=1)
+    failing = await asyncpg.create_pool(dsn, min_size=0, max_size=4, connection_class=Failing)
+    try:
+        async with (
+            running(outbox, pool, first, order="none", lease=lease) as at_work,
+            running(outbox, failing, second, order="key", hooks=[events], lease=lease),
+        ):
+            await at_work.stop()
+            await write(pool, outbox, 1, key="a")
+            await second.has_accepted(1)
+            row = await pool.fetchrow(f"SELECT active FROM {outbox.schema}.outbox_relays")  # noqa: S608 -- ours
+            assert row is not None
+            assert row["active"], "what the relay believes is what the others see"
+    finally:
+        failing.terminate()
+    assert failed, "the fault happened"
+    assert len(events.of(RelayAtWork)) == 1
 
 
 @pytest.mark.parametrize("after", ["none", "total", "key"])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from outbox import (
     CommitStrategy,
     Counts,
+    ExponentialBackOff,
     JsonCodec,
     Message,
     NoWaiting,
@@ -304,6 +305,88 @@ async def test_the_counts_are_of_one_snapshot_also_inside_a_transaction(connecti
     async with connection.transaction():
         await outbox.persist(connection, *numbered(3))
         assert (await outbox.counts(connection)).pending == 3
+
+
+# --- the oldest -----------------------------------------------------------------------------------------
+
+
+HOUR = timedelta(hours=1)
+NEVER = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]  # the infinities of the database
+
+
+async def oldest(connection: Connection, outbox: Outbox) -> timedelta:
+    age = (await outbox.counts(connection)).oldest
+    assert age is not None
+    return age
+
+
+async def ago(connection: Connection, hours: float) -> datetime:
+    now: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    return now - HOUR * hours
+
+
+async def test_the_oldest_is_the_longest_wait_of_all_that_are_due(connection: Connection, outbox: Outbox) -> None:
+    assert (await outbox.counts(connection)).oldest is None
+    await outbox.persist(connection, a_message(recorded_at=await ago(connection, 1)), a_message())
+    assert HOUR <= await oldest(connection, outbox) < HOUR * 1.1
+    # It was recorded long ago, and has been due for two hours.
+    recorded_at, due_at = await ago(connection, 9), await ago(connection, 2)
+    await outbox.persist(connection, a_message(recorded_at=recorded_at, due_at=due_at))
+    assert HOUR * 2 <= await oldest(connection, outbox) < HOUR * 2.1
+    await outbox.persist(connection, a_message(recorded_at=await ago(connection, 3)))
+    assert HOUR * 3 <= await oldest(connection, outbox) < HOUR * 3.1
+
+
+async def test_what_is_delayed_dispatched_or_dead_is_not_the_oldest(
+    connection: Connection, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    await with_a_dead_letter(outbox, pool, 0)
+    await outbox.persist(connection, a_message())
+    await outbox.mark_dispatched(connection, *(await outbox.retrieve(connection, 1)))
+    await outbox.persist(connection, a_message(recorded_at=await ago(connection, 1), due_at=LATER))
+    counts = await outbox.counts(connection)
+    assert (counts.dispatched, counts.waiting, counts.dead) == (1, 1, 1)
+    assert counts.oldest is None
+
+
+async def test_what_waits_for_its_next_attempt_or_behind_another_of_its_key_is_not_the_oldest(
+    connection: Connection, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    class Failing:
+        async def dispatch(self, *messages: Message) -> None:
+            raise PartialDispatchError({message.id: ConnectionError("no") for message in messages})
+
+    recorded_at = await ago(connection, 1)
+    await outbox.persist(connection, *numbered(2, key="k", recorded_at=recorded_at))
+    backoff = ExponentialBackOff(initial=HOUR, maximum=HOUR)
+    await Relay(outbox, pool, Failing(), order="key", backoff=backoff).run_once()
+    counts = await outbox.counts(connection)
+    assert (counts.waiting, counts.oldest) == (2, None)
+
+
+async def test_a_dead_letter_that_was_redriven_counts_from_then_on(
+    connection: Connection, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    await outbox.persist(connection, a_message("rejected", recorded_at=await ago(connection, 1)))
+    await Relay(outbox, pool, Destination()).run_once()
+    await outbox.redrive(connection)
+    assert timedelta() <= await oldest(connection, outbox) < HOUR / 2
+
+
+@pytest.mark.parametrize("time", [LATER, *NEVER], ids=["ahead", "-infinity", "infinity"])
+async def test_the_wait_is_never_negative_or_endless_whatever_time_the_writer_gave(
+    time: datetime, connection: Connection, outbox: Outbox
+) -> None:
+    await outbox.persist(connection, a_message(recorded_at=time))
+    assert timedelta() <= await oldest(connection, outbox) < HOUR * 24 * 365 * 100
+    await outbox.clear(connection)
+    await outbox.persist(connection, a_message(recorded_at=time, due_at=await ago(connection, 1)))
+    assert timedelta() <= await oldest(connection, outbox) < HOUR * 1.1
+
+
+async def test_due_since_ever_is_due_since_it_was_recorded(connection: Connection, outbox: Outbox) -> None:
+    await outbox.persist(connection, a_message(recorded_at=await ago(connection, 1), due_at=NEVER[0]))
+    assert HOUR <= await oldest(connection, outbox) < HOUR * 1.1
 
 
 # --- dead letters ---------------------------------------------------------------------------------------
