@@ -16,13 +16,16 @@ def require_accepted(messages: Sequence[Message], answers: Iterable[object], sor
     Args:
         messages: The batch.
         answers: For each message what its publishing returned, or raised.
-        sort: Applied to each error.
+        sort: Applied to each error once: one that stands for several messages makes one again, so that the relay
+            blames none of them.
     """
-    failures: dict[UUID, BaseException] = {
-        message.id: sort(answer)
-        for message, answer in zip(messages, answers, strict=True)
-        if isinstance(answer, BaseException)
-    }
+    failures: dict[UUID, BaseException] = {}
+    made: dict[int, BaseException] = {}
+    for message, answer in zip(messages, list(answers), strict=True):
+        if isinstance(answer, BaseException):
+            if id(answer) not in made:
+                made[id(answer)] = sort(answer)
+            failures[message.id] = made[id(answer)]
     if failures:
         raise PartialDispatchError(failures)
 

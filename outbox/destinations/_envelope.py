@@ -19,7 +19,7 @@ KEY: Final = f"{PREFIX}key"
 RECORDED_AT: Final = f"{PREFIX}recorded-at"
 
 # A line break, a byte beyond ASCII or a space at an end does not survive in a line of text; nor would a percent sign
-# that was there before. Everything else stays readable: it is what CloudEvents does in HTTP (3.1.3.2).
+# that was there before. Everything else stays readable.
 _UNSAFE: Final = re.compile(r"[^\x20-\x24\x26-\x7e]|^ | $")
 
 

@@ -29,11 +29,13 @@ from outbox import (
     NoWaiting,
     Outbox,
     Relay,
+    RelayAtWork,
     RelayFenced,
     RelaysDied,
     RelayStandsBy,
     RelayStarted,
     RelayStopped,
+    SlotsOwned,
     WriterLate,
     full_jitter,
     half_jitter,
@@ -91,7 +93,7 @@ async def all_ways_to_run_it(relay: Relay, outbox: Outbox, pool: "asyncpg.Pool[A
 def told(event: Event) -> None:  # noqa: C901, PLR0915 -- one case for each
     """A hook that knows every event: a new one is found here by the type checker."""
     match event:
-        case RelayStarted() | DestinationUp() | RelayFenced():
+        case RelayStarted() | DestinationUp() | RelayFenced() | RelayAtWork():
             pass
         case RelayStopped(given_back=given_back):
             assert_type(given_back, int)
@@ -115,6 +117,8 @@ def told(event: Event) -> None:  # noqa: C901, PLR0915 -- one case for each
             assert_type(count, int)
         case RelayStandsBy(order=order):
             assert_type(order, str)
+        case SlotsOwned(slots=slots):
+            assert_type(slots, int)
         case WriterLate(pid=pid, age=age, passed_over=passed_over):
             assert_type(pid, int | None)
             assert_type(age, timedelta)

@@ -1,0 +1,236 @@
+"""Kafka, through aiokafka."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import anyio
+from aiokafka import AIOKafkaProducer, errors
+from aiokafka.structs import ConsumerRecord
+
+from outbox._codec import Codec
+from outbox._errors import DestinationUnavailableError, RejectedError, describe
+from outbox._message import _RECEIVED, Message
+from outbox.destinations._answers import caused, require_accepted
+from outbox.destinations._connected import ConnectedDispatcher
+from outbox.destinations._envelope import KEY, TOPIC, pack, unpack
+
+_DOWN: Final = (
+    errors.KafkaConnectionError,
+    errors.KafkaTimeoutError,
+    errors.KafkaUnavailableError,
+    errors.NoBrokersAvailable,
+    errors.NodeNotReadyError,
+    errors.ProducerClosed,  # by another batch, for one of these reasons
+    errors.RequestTimedOutError,
+    OSError,
+    TimeoutError,
+)
+# The producer cannot go on after these: another took its transactional id, or it lost count of what it sent.
+_BROKEN: Final = (
+    errors.IllegalOperation,
+    errors.InvalidProducerEpoch,
+    errors.InvalidProducerIdMapping,
+    errors.OutOfOrderSequenceNumber,
+    errors.ProducerFenced,
+    errors.UnknownProducerId,
+)
+_NEVER: Final = (
+    errors.InvalidTopicError,
+    errors.MessageSizeTooLargeError,
+    errors.RecordListTooLargeError,
+    errors.RecordTooLargeError,
+)
+_PATIENCE_SECONDS: Final = 0.1
+_RESERVED: Final = frozenset({"bootstrap_servers", "enable_idempotence", "key_serializer", "value_serializer"})
+
+
+class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
+    """Produces with an idempotent producer, and awaits the brokers' acknowledgement of every message (`acks=all`).
+
+    The key is Kafka's key, so that the messages of a key go to one partition, in their order. A message counts as
+    accepted when all replicas in sync have it (see the topic's `min.insync.replicas`). It connects on first use and may
+    be used by any number of tasks at once.
+
+    While Kafka is away the producer is closed, since it would keep what it has and send it besides what the relay
+    sends again. What was under way then may arrive twice: its idempotence ends with the producer.
+
+    With a `transactional_id` each batch is a transaction of Kafka, all or nothing for consumers that read committed,
+    and batches follow one another. The outbox and Kafka still share no transaction: a batch whose outcome is lost is
+    sent again, as a second transaction.
+
+    Args:
+        bootstrap_servers: Where to begin, as aiokafka takes it: "host:9092", or a list of these.
+        timeout: How long one request may take; after that Kafka counts as unavailable.
+        settings: The other arguments of `AIOKafkaProducer`: security, compression, `transactional_id` and so on.
+
+    Raises:
+        ValueError: When a setting would break what is promised above.
+    """
+
+    def __init__(
+        self, bootstrap_servers: str | list[str], *, timeout: timedelta = timedelta(seconds=10), **settings: Any
+    ) -> None:
+        if taken := _RESERVED & settings.keys():
+            raise ValueError(f"{', '.join(sorted(taken))} cannot be set: this destination sets it")
+        if settings.get("acks", "all") not in {"all", -1}:
+            raise ValueError(f"acks={settings['acks']!r} would lose messages: it must be 'all'")
+        super().__init__(self._start, timeout=timeout)
+        self._settings = {
+            "bootstrap_servers": bootstrap_servers,
+            "enable_idempotence": True,
+            "request_timeout_ms": int(timeout.total_seconds() * 1000),
+            **settings,
+        }
+        self._transaction = asyncio.Lock()
+
+    async def dispatch(self, *messages: Message) -> None:
+        """Produces the messages in their order and awaits all acknowledgements.
+
+        Raises:
+            PartialDispatchError: With the error of each message that was not acknowledged.
+            DestinationUnavailableError: When no broker can be reached.
+        """
+        if not messages:
+            return
+        producer = await self._connected()
+        sent: dict[int, asyncio.Future[Any]] = {}
+        try:
+            answers = await self._produce(producer, messages, sent)
+        except BaseException:
+            await self._give_up(producer)
+            raise
+        # One that was sent and refused leaves a gap in what an idempotent producer counts: it cannot go on, either.
+        if any(isinstance(one, (*_DOWN, *_BROKEN)) or (one and at in sent) for at, one in enumerate(answers)):
+            await self._give_up(producer)
+        require_accepted(messages, answers, _sort)
+
+    async def _produce(
+        self, producer: AIOKafkaProducer, messages: Sequence[Message], sent: dict[int, asyncio.Future[Any]]
+    ) -> list[object]:
+        if not self._settings.get("transactional_id"):
+            return await self._send(producer, messages, sent)
+        async with self._transaction:
+            try:
+                return await self._transact(producer, messages, sent)
+            except (*_DOWN, *_BROKEN) as error:
+                return [error] * len(messages)
+
+    async def _transact(
+        self, producer: AIOKafkaProducer, messages: Sequence[Message], sent: dict[int, asyncio.Future[Any]]
+    ) -> list[object]:
+        """Sends all of them in one transaction, but those that cannot even be sent; one that fails undoes all."""
+        with anyio.fail_after(3 * self._timeout):
+            await producer.begin_transaction()
+            answers = await self._send(producer, messages, sent)
+            if not any(isinstance(answers[index], BaseException) for index in sent):
+                await producer.commit_transaction()
+                return answers
+            await producer.abort_transaction()
+        undone = errors.KafkaError("its transaction was aborted, since another message of it failed")
+        return [undone if answer is None else answer for answer in answers]
+
+    async def _send(
+        self, producer: AIOKafkaProducer, messages: Sequence[Message], sent: dict[int, asyncio.Future[Any]]
+    ) -> list[object]:
+        """Returns for each None or its error, and puts into `sent` what came as far as the producer's buffer."""
+        answers: list[object] = [None] * len(messages)
+        topics: dict[str, dict[int, Message]] = {}
+        for index, message in enumerate(messages):
+            topics.setdefault(message.topic, {})[index] = message
+        with anyio.fail_after(2 * self._timeout):
+            await asyncio.gather(*(_enqueue(producer, part, answers, sent) for part in topics.values()))
+        if sent:
+            await asyncio.wait(sent.values(), timeout=self._timeout)
+        refused: dict[type, BaseException] = {}
+        for index, future in sent.items():
+            error = future.exception() if future.done() else TimeoutError("no acknowledgement in time")
+            # Brokers refuse records by the batch: one error for all of them, so that the relay finds out whose it is.
+            answers[index] = error and refused.setdefault(type(error), error)
+        return answers
+
+    async def _give_up(self, producer: AIOKafkaProducer) -> None:
+        """Closes the producer, unless another batch was quicker; the next one makes another."""
+        async with self._lock:
+            if producer is self._client:
+                await self._drop()
+
+    async def _start(self) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(**self._settings)
+        try:
+            await producer.start()
+        except BaseException:
+            await self._close(producer)
+            raise
+        return producer
+
+    def _is_open(self, client: AIOKafkaProducer) -> bool:
+        return client is not None
+
+    async def _close(self, client: AIOKafkaProducer) -> None:
+        # Its stop() sends first what it has, and waits for a broker that may never come: what is undone is the relay's.
+        with anyio.move_on_after(self._timeout, shield=True):
+            sender = client._sender.sender_task
+            while sender and not sender.done():
+                sender.cancel()  # once for itself, and once for each request that it waits for
+                await asyncio.wait([sender], timeout=_PATIENCE_SECONDS)
+            client._message_accumulator.fail_all(errors.ProducerClosed())
+            await client.stop()
+
+
+async def _enqueue(
+    producer: AIOKafkaProducer,
+    messages: Mapping[int, Message],
+    answers: list[object],
+    sent: dict[int, asyncio.Future[Any]],
+) -> None:
+    """Gives messages of one topic to the producer, in their order; one that cannot be sent is answered at once."""
+    missing: BaseException | None = None
+    for index, message in messages.items():
+        try:
+            if missing is None:
+                sent[index] = await producer.send(message.topic, **_record(message))
+                sent[index].add_done_callback(_retrieve)
+            else:  # which took the whole time limit to find out: once is enough
+                answers[index] = caused(errors.UnknownTopicOrPartitionError(message.topic), missing)
+        except errors.UnknownTopicOrPartitionError as error:
+            answers[index] = missing = error
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it is the answer for this message
+            answers[index] = error
+
+
+def _record(message: Message) -> dict[str, Any]:
+    at = message.recorded_at
+    return {
+        "value": message.body,
+        "key": None if message.key is None else message.key.encode(),
+        "timestamp_ms": None if at is None else max(0, int(at.timestamp() * 1000)),
+        "headers": [(name, value.encode()) for name, value in pack(message, TOPIC, KEY).items()],
+    }
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Reads the answer that nobody may be left to read, so that it is not reported as forgotten."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _sort(error: BaseException) -> BaseException:
+    if isinstance(error, (*_DOWN, *_BROKEN)):
+        return caused(DestinationUnavailableError(f"Kafka is not available: {describe(error)}"), error)
+    if isinstance(error, _NEVER):
+        return caused(RejectedError(f"Kafka can never take it: {describe(error)}"), error)
+    return error
+
+
+def received(record: "ConsumerRecord[bytes | None, bytes]", codec: Codec = _RECEIVED) -> Message:
+    """Makes the message that was dispatched of what a consumer got.
+
+    Raises:
+        ValueError: When it was not sent by this library.
+    """
+    headers = {name: value.decode() for name, value in record.headers} | {TOPIC: record.topic}
+    if record.key is not None:
+        headers[KEY] = record.key.decode()
+    return unpack(record.value or b"", headers, codec)
