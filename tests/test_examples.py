@@ -22,8 +22,8 @@ import httpx
 import pytest
 from rich.console import Console
 
-from examples import demo
 from outbox import Message, Outbox
+from outbox.cli import demo
 
 ROOT = Path(__file__).parent.parent
 
