@@ -63,8 +63,7 @@ class Claim:
         self.size = sum(len(message.body) for message in messages)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """Messages to be dispatched together, of one claim or, with none, from among the waiting."""
 
     owner: UUID
@@ -75,8 +74,7 @@ class Batch:
     """Which are busy with it, where an order is kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Postponed:
+class Postponed(NamedTuple):
     """A message that was not delivered and is due again after the delay."""
 
     position: int
@@ -89,8 +87,7 @@ class Postponed:
     """In which it keeps its place, if it does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Buried:
+class Buried(NamedTuple):
     """A message that becomes a dead letter."""
 
     position: int

@@ -4,9 +4,8 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import anyio
@@ -30,8 +29,7 @@ _LOGGER: Final = logging.getLogger("outbox")
 CRASH: Final = "the process died while dispatching it"
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(NamedTuple):
     """Why a message was not delivered."""
 
     error: BaseException

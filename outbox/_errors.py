@@ -10,7 +10,8 @@ OutboxError
     └── DestinationUnavailableError   the broker is down, the messages are fine
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from uuid import UUID
 
 
@@ -78,3 +79,13 @@ def describe(error: BaseException) -> str:
     except Exception as reason:  # noqa: BLE001 -- an error that cannot be told must not become the relay's own
         text = f"its text could not be made: {type(reason).__qualname__}"
     return (f"{name}: {text}" if text else name)[:2000]
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Names the extra to install when an import inside fails for want of a package."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f'pip install "asyncpg-outbox[{extra}]"'
+        raise ModuleNotFoundError(f"{error}: {remedy}", name=error.name, path=error.path) from error

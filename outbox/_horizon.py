@@ -1,8 +1,7 @@
 """Up to which position everything is there to be seen: what an ordered delivery waits for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 LOWEST: Final = -(2**63)
 """Below every position there can be; those of the sequence begin at 1, but a restored dump may bring others."""
@@ -19,8 +18,7 @@ Writers = Mapping[str, int | None]
 """Who holds the writers' lock: virtual transactions, and their pids where they have one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Late:
+class Late(NamedTuple):
     """Writers that keep everybody waiting."""
 
     writers: Writers

@@ -1,8 +1,7 @@
 """A relay among the others: its lease, who works with it, and what becomes of those who died."""
 
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID, uuid4
 
 from outbox._outbox import Connection, Outbox, affected
@@ -12,8 +11,7 @@ _MARGIN: Final = timedelta(milliseconds=20)
 """How long after a lease is to run out one looks whether it did."""
 
 
-@dataclass(frozen=True, slots=True)
-class TakenOver:
+class TakenOver(NamedTuple):
     """What became of relays that died."""
 
     relays: int

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from time import monotonic
 from typing import Any, Final, Literal
@@ -562,18 +562,18 @@ class Owning:
                 self._bury(outcome, lane)
             elif lane in heads:  # no attempt of its own: with a head before it, it could not but fail
                 attempts = self._lanes.held[outcome.position].attempts
-                self._fail(replace(outcome, delay=None, attempts=attempts, suspect=None, lane=lane))
+                self._fail(outcome._replace(delay=None, attempts=attempts, suspect=None, lane=lane))
             else:
                 heads.add(lane)
-                self._fail(replace(outcome, lane=lane))
+                self._fail(outcome._replace(lane=lane))
                 self._block(lane)
 
     def _bury(self, outcome: Buried, lane: int) -> None:
         if self._on_failure != "park":
-            self._fail(replace(outcome, lane=lane))
+            self._fail(outcome._replace(lane=lane))
             return
         head = outcome.position
-        self._fail(replace(outcome, lane=lane, behind=head))
+        self._fail(outcome._replace(lane=lane, behind=head))
         self._parked.setdefault(lane, set()).add(head)
         self._outcomes.parked.append((lane, head))
         for message in self._lanes.pull(lane):

@@ -12,16 +12,19 @@ Autogenerate writes them, for the tables that `outbox.sqlalchemy.outbox_tables` 
 
 from typing import Any, Final
 
-from alembic import util
-from alembic.autogenerate import comparators, renderers
-from alembic.autogenerate.api import AutogenContext
-from alembic.operations import MigrateOperation, Operations
-from alembic.operations.ops import CreateTableOp, ModifyTableOps, UpgradeOps
-from sqlalchemy import Connection, Table
-
+from outbox._errors import needs
 from outbox._inbox import Inbox
 from outbox._outbox import Outbox, Tables, one_statement
-from outbox.sqlalchemy import KEPT_AS, as_ddl
+
+with needs("alembic"):
+    from alembic import util
+    from alembic.autogenerate import comparators, renderers
+    from alembic.autogenerate.api import AutogenContext
+    from alembic.operations import MigrateOperation, Operations
+    from alembic.operations.ops import CreateTableOp, ModifyTableOps, UpgradeOps
+    from sqlalchemy import Connection, Table
+
+    from outbox.sqlalchemy import KEPT_AS, as_ddl
 
 # By kind: the tables to lock before looking into them, and those to drop.
 _TABLES: Final = {

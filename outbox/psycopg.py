@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import psycopg
-from psycopg.pq import TransactionStatus
-
 from outbox._dispatcher import Decorator
-from outbox._errors import NotInTransactionError, OutboxError, SchemaError
+from outbox._errors import NotInTransactionError, OutboxError, SchemaError, needs
 from outbox._message import Message
 from outbox._outbox import Outbox
+
+with needs("psycopg"):
+    import psycopg
+    from psycopg.pq import TransactionStatus
 
 _MISSING: Final = (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn, psycopg.errors.InvalidSchemaName)
 _OPEN: Final = (TransactionStatus.INTRANS, TransactionStatus.INERROR)

@@ -8,38 +8,40 @@ from typing import Any, Final
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
-from sqlalchemy import (
-    ARRAY,
-    DDL,
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    Column,
-    Connection,
-    DateTime,
-    Dialect,
-    Identity,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    PoolProxiedConnection,
-    SmallInteger,
-    Table,
-    Text,
-    Uuid,
-    event,
-    text,
-)
-from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError, StatementError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
-from sqlalchemy.schema import DropTable, SchemaItem, conv
 
 from outbox._dispatcher import Decorator
-from outbox._errors import NotInTransactionError, OutboxError, SchemaError
+from outbox._errors import NotInTransactionError, OutboxError, SchemaError, needs
 from outbox._inbox import Inbox
 from outbox._message import Message
 from outbox._outbox import DRIVER_ERRORS, Outbox, Tables, one_statement
+
+with needs("sqlalchemy"):
+    from sqlalchemy import (
+        ARRAY,
+        DDL,
+        BigInteger,
+        Boolean,
+        CheckConstraint,
+        Column,
+        Connection,
+        DateTime,
+        Dialect,
+        Identity,
+        Index,
+        Integer,
+        LargeBinary,
+        MetaData,
+        PoolProxiedConnection,
+        SmallInteger,
+        Table,
+        Text,
+        Uuid,
+        event,
+        text,
+    )
+    from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError, StatementError
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+    from sqlalchemy.schema import DropTable, SchemaItem, conv
 
 _INSIDE: Final = "Dispatch inside `async with session.begin():`, together with the rows the message speaks of"
 _LONGEST_IDENTIFIER: Final = 63

@@ -13,14 +13,23 @@ from typing import Any, Final
 from uuid import UUID
 
 import anyio
-from botocore import exceptions  # type: ignore[import-untyped]
 
 from outbox._codec import Codec
 from outbox._dispatcher import BEHIND
-from outbox._errors import DestinationUnavailableError, OutboxError, PartialDispatchError, RejectedError, describe
+from outbox._errors import (
+    DestinationUnavailableError,
+    OutboxError,
+    PartialDispatchError,
+    RejectedError,
+    describe,
+    needs,
+)
 from outbox._message import Message
 from outbox.destinations._answers import caused
 from outbox.destinations._envelope import ID, KEY, PREFIX, RECORDED_AT, TOPIC, escape, unescape
+
+with needs("aws"):
+    from botocore import exceptions  # type: ignore[import-untyped]
 
 HEADERS: Final = f"{PREFIX}headers"
 """The attribute that holds all headers, as a JSON object: a message has ten attributes at most."""

@@ -6,15 +6,17 @@ from datetime import timedelta
 from typing import Any, Final
 
 import anyio
-from aiokafka import AIOKafkaProducer, errors
-from aiokafka.structs import ConsumerRecord
 
 from outbox._codec import Codec
-from outbox._errors import DestinationUnavailableError, RejectedError, describe
+from outbox._errors import DestinationUnavailableError, RejectedError, describe, needs
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import ConnectedDispatcher
 from outbox.destinations._envelope import KEY, TOPIC, pack, unpack
+
+with needs("kafka"):
+    from aiokafka import AIOKafkaProducer, errors
+    from aiokafka.structs import ConsumerRecord
 
 _DOWN: Final = (
     errors.KafkaConnectionError,

@@ -5,19 +5,21 @@ from datetime import timedelta
 from typing import Final
 
 import anyio
-import nats.errors
-import nats.js.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.js import JetStreamContext
-from nats.js.api import Header
 
 from outbox._codec import Codec
-from outbox._errors import DestinationUnavailableError, RejectedError, describe
+from outbox._errors import DestinationUnavailableError, RejectedError, describe, needs
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import Connect, ConnectedDispatcher
 from outbox.destinations._envelope import ID, TOPIC, escape, pack, unescape, unpack
+
+with needs("nats"):
+    import nats.errors
+    import nats.js.errors
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+    from nats.js.api import Header
 
 _DOWN: Final = (
     nats.errors.ConnectionClosedError,

@@ -5,13 +5,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from redis import exceptions
 
 from outbox._codec import Codec
-from outbox._errors import DestinationUnavailableError, RejectedError, describe
+from outbox._errors import DestinationUnavailableError, RejectedError, describe, needs
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._envelope import PREFIX, TOPIC, pack, unpack
+
+with needs("redis"):
+    from redis import exceptions
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

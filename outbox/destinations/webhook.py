@@ -16,19 +16,29 @@ from typing import Final, Self
 from uuid import UUID
 
 import anyio
-import httpcore
-import httpx
 
 from outbox._codec import Codec
 from outbox._dispatcher import HandlerDispatcher
-from outbox._errors import DestinationUnavailableError, OutboxError, PartialDispatchError, RejectedError, describe
+from outbox._errors import (
+    DestinationUnavailableError,
+    OutboxError,
+    PartialDispatchError,
+    RejectedError,
+    describe,
+    needs,
+)
 from outbox._message import _RECEIVED, Message
 from outbox._queries import Ordering
-from outbox.destinations._addresses import AddressRefusedError, guarded_client, networks
 from outbox.destinations._answers import caused
 from outbox.destinations._cloudevents import TRACE, Mode, message_of, request
 from outbox.destinations._envelope import escape
 from outbox.destinations._signature import ID, SignatureError, keys, signed, verify
+
+with needs("webhook"):
+    import httpcore
+    import httpx
+
+    from outbox.destinations._addresses import AddressRefusedError, guarded_client, networks
 
 __all__ = [
     "AddressRefusedError",

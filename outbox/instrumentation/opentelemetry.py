@@ -8,18 +8,19 @@ destination is linked to those of its messages. Whoever takes a message from the
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from opentelemetry import metrics, propagate, trace
-from opentelemetry.context import Context
-from opentelemetry.metrics import Counter, Histogram, Meter, MeterProvider, UpDownCounter
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, TracerProvider
-from opentelemetry.util.types import Attributes
-
 from outbox._dispatcher import Dispatcher
-from outbox._errors import PartialDispatchError, describe
+from outbox._errors import PartialDispatchError, describe, needs
 from outbox._events import Event, MessageDied, MessageFailed
 from outbox._message import Message
 from outbox._outbox import Outbox
 from outbox.instrumentation._metrics import DELIVERED, METRICS, Metric, Metrics
+
+with needs("opentelemetry"):
+    from opentelemetry import metrics, propagate, trace
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import Counter, Histogram, Meter, MeterProvider, UpDownCounter
+    from opentelemetry.trace import Link, Span, SpanContext, SpanKind, StatusCode, TracerProvider
+    from opentelemetry.util.types import Attributes
 
 _SCOPE: Final = "outbox"
 _SYSTEM: Final = "messaging.system"

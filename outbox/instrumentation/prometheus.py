@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-
+from outbox._errors import needs
 from outbox._outbox import Outbox
 from outbox.instrumentation._metrics import METRICS, Metric, Metrics
+
+with needs("prometheus"):
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 _Instrument = Counter | Gauge | Histogram
 
