@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-destinations chaos check format coverage bench bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
+.PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -10,8 +10,11 @@ help:  ## Show this help
 demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proof that nothing was lost
 	@$(BIN)/python examples/demo.py
 
-test: .venv programs  ## Run the tests; they start their own PostgreSQL
+test: .venv programs  ## Run the tests of the library itself; they start their own PostgreSQL
 	@$(BIN)/pytest
+
+test-ecosystem: .venv programs  ## Run the tests of frameworks, instrumentation, the command line, and of each extra alone
+	@$(BIN)/pytest tests/ecosystem
 
 test-destinations: .venv programs brokers  ## Run the contract of every destination against its real broker
 	@$(BIN)/pytest tests/destinations

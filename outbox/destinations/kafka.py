@@ -1,7 +1,10 @@
 """Kafka, through aiokafka."""
 
 import asyncio
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from copy import copy
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,14 +21,12 @@ with needs("kafka"):
     from aiokafka import AIOKafkaProducer, errors
     from aiokafka.structs import ConsumerRecord
 
+# Besides what aiokafka calls retriable.
 _DOWN: Final = (
-    errors.KafkaConnectionError,
+    errors.BrokerNotAvailableError,
     errors.KafkaTimeoutError,
     errors.KafkaUnavailableError,
-    errors.NoBrokersAvailable,
-    errors.NodeNotReadyError,
     errors.ProducerClosed,  # by another batch, for one of these reasons
-    errors.RequestTimedOutError,
     OSError,
     TimeoutError,
 )
@@ -45,7 +46,7 @@ _NEVER: Final = (
     errors.RecordTooLargeError,
 )
 _PATIENCE_SECONDS: Final = 0.1
-_RESERVED: Final = frozenset({"bootstrap_servers", "enable_idempotence", "key_serializer", "value_serializer"})
+_RESERVED: Final = frozenset({"enable_idempotence", "key_serializer", "request_timeout_ms", "value_serializer"})
 
 
 class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
@@ -64,10 +65,11 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
 
     Args:
         bootstrap_servers: Where to begin, as aiokafka takes it: "host:9092", or a list of these.
-        timeout: How long one request may take; after that Kafka counts as unavailable.
+        timeout: How long one request may take, and a batch twice as long; after that Kafka counts as unavailable.
         settings: The other arguments of `AIOKafkaProducer`: security, compression, `transactional_id` and so on.
 
     Raises:
+        TypeError: When `AIOKafkaProducer` has no such setting.
         ValueError: When a setting would break what is promised above.
     """
 
@@ -78,6 +80,7 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
             raise ValueError(f"{', '.join(sorted(taken))} cannot be set: this destination sets it")
         if settings.get("acks", "all") not in {"all", -1}:
             raise ValueError(f"acks={settings['acks']!r} would lose messages: it must be 'all'")
+        inspect.signature(AIOKafkaProducer).bind_partial(**settings)  # it is made much later
         super().__init__(self._start, timeout=timeout)
         self._settings = {
             "bootstrap_servers": bootstrap_servers,
@@ -85,7 +88,8 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
             "request_timeout_ms": int(timeout.total_seconds() * 1000),
             **settings,
         }
-        self._transaction = asyncio.Lock()
+        self._is_transactional = settings.get("transactional_id") is not None
+        self._turn: AbstractAsyncContextManager[None] = asyncio.Lock() if self._is_transactional else nullcontext()
 
     async def dispatch(self, *messages: Message) -> None:
         """Produces the messages in their order and awaits all acknowledgements.
@@ -94,42 +98,40 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
             PartialDispatchError: With the error of each message that was not acknowledged.
             DestinationUnavailableError: When no broker can be reached.
         """
-        if not messages:
-            return
-        producer = await self._connected()
+        if messages:
+            try:
+                with anyio.fail_after(2 * self._timeout):
+                    async with self._turn:
+                        answers = await self._produce(await self._connected(), messages)
+            except Exception as error:
+                if not _is_down(error):
+                    raise
+                raise _sort(error) from error
+            require_accepted(messages, answers, _sort)
+
+    async def _produce(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> list[object]:
+        """Returns for each None or its error; after some errors the next batch gets another producer."""
         sent: dict[int, asyncio.Future[Any]] = {}
         try:
-            answers = await self._produce(producer, messages, sent)
+            answers = await (self._transact if self._is_transactional else self._send)(producer, messages, sent)
         except BaseException:
             await self._give_up(producer)
             raise
         # One that was sent and refused leaves a gap in what an idempotent producer counts: it cannot go on, either.
-        if any(isinstance(one, (*_DOWN, *_BROKEN)) or (one and at in sent) for at, one in enumerate(answers)):
+        if any(_is_down(one) or (one and at in sent) for at, one in enumerate(answers)):
             await self._give_up(producer)
-        require_accepted(messages, answers, _sort)
-
-    async def _produce(
-        self, producer: AIOKafkaProducer, messages: Sequence[Message], sent: dict[int, asyncio.Future[Any]]
-    ) -> list[object]:
-        if not self._settings.get("transactional_id"):
-            return await self._send(producer, messages, sent)
-        async with self._transaction:
-            try:
-                return await self._transact(producer, messages, sent)
-            except (*_DOWN, *_BROKEN) as error:
-                return [error] * len(messages)
+        return answers
 
     async def _transact(
         self, producer: AIOKafkaProducer, messages: Sequence[Message], sent: dict[int, asyncio.Future[Any]]
     ) -> list[object]:
         """Sends all of them in one transaction, but those that cannot even be sent; one that fails undoes all."""
-        with anyio.fail_after(3 * self._timeout):
-            await producer.begin_transaction()
-            answers = await self._send(producer, messages, sent)
-            if not any(isinstance(answers[index], BaseException) for index in sent):
-                await producer.commit_transaction()
-                return answers
-            await producer.abort_transaction()
+        await producer.begin_transaction()
+        answers = await self._send(producer, messages, sent)
+        if not any(isinstance(answers[index], BaseException) for index in sent):
+            await producer.commit_transaction()
+            return answers
+        await producer.abort_transaction()
         undone = errors.KafkaError("its transaction was aborted, since another message of it failed")
         return [undone if answer is None else answer for answer in answers]
 
@@ -141,15 +143,14 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
         topics: dict[str, dict[int, Message]] = {}
         for index, message in enumerate(messages):
             topics.setdefault(message.topic, {})[index] = message
-        with anyio.fail_after(2 * self._timeout):
-            await asyncio.gather(*(_enqueue(producer, part, answers, sent) for part in topics.values()))
+        await asyncio.gather(*(_enqueue(producer, part, answers, sent) for part in topics.values()))
         if sent:
             await asyncio.wait(sent.values(), timeout=self._timeout)
-        refused: dict[type, BaseException] = {}
+        refused: dict[tuple[str, type], BaseException] = {}
         for index, future in sent.items():
             error = future.exception() if future.done() else TimeoutError("no acknowledgement in time")
             # Brokers refuse records by the batch: one error for all of them, so that the relay finds out whose it is.
-            answers[index] = error and refused.setdefault(type(error), error)
+            answers[index] = error and refused.setdefault((messages[index].topic, type(error)), error)
         return answers
 
     async def _give_up(self, producer: AIOKafkaProducer) -> None:
@@ -168,7 +169,8 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
         return producer
 
     def _is_open(self, client: AIOKafkaProducer) -> bool:
-        return client is not None
+        sender = client._sender.sender_task  # it ends with an error that the producer does not survive
+        return sender is not None and not sender.done()
 
     async def _close(self, client: AIOKafkaProducer) -> None:
         # Its stop() sends first what it has, and waits for a broker that may never come: what is undone is the relay's.
@@ -187,19 +189,26 @@ async def _enqueue(
     answers: list[object],
     sent: dict[int, asyncio.Future[Any]],
 ) -> None:
-    """Gives messages of one topic to the producer, in their order; one that cannot be sent is answered at once."""
-    missing: BaseException | None = None
+    """Gives messages of one topic to the producer, in their order.
+
+    One that cannot be sent is answered at once. What says something of the topic or the broker, and took the whole time
+    limit to find out, is the answer to all that follow.
+    """
+    last: BaseException | None = None
     for index, message in messages.items():
+        if last is not None:
+            answers[index] = copy(last)
+            continue
         try:
-            if missing is None:
-                sent[index] = await producer.send(message.topic, **_record(message))
-                sent[index].add_done_callback(_retrieve)
-            else:  # which took the whole time limit to find out: once is enough
-                answers[index] = caused(errors.UnknownTopicOrPartitionError(message.topic), missing)
+            sent[index] = await producer.send(message.topic, **_record(message))
+            sent[index].add_done_callback(_retrieve)
         except errors.UnknownTopicOrPartitionError as error:
-            answers[index] = missing = error
+            # It says so of any topic that is new to it while no broker answers.
+            is_answered = await producer.client.force_metadata_update()
+            answers[index] = last = error if is_answered else errors.KafkaConnectionError("no broker answers")
         except Exception as error:  # noqa: BLE001 -- whatever it is, it is the answer for this message
             answers[index] = error
+            last = error if _is_down(error) else None
 
 
 def _record(message: Message) -> dict[str, Any]:
@@ -218,8 +227,15 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
+def _is_down(answer: object) -> bool:
+    """Says whether a new producer may succeed, now or later: with all that aiokafka retries, but for a missing topic."""
+    if isinstance(answer, errors.UnknownTopicOrPartitionError):
+        return False
+    return isinstance(answer, (*_DOWN, *_BROKEN)) or getattr(answer, "retriable", False)
+
+
 def _sort(error: BaseException) -> BaseException:
-    if isinstance(error, (*_DOWN, *_BROKEN)):
+    if _is_down(error):
         return caused(DestinationUnavailableError(f"Kafka is not available: {describe(error)}"), error)
     if isinstance(error, _NEVER):
         return caused(RejectedError(f"Kafka can never take it: {describe(error)}"), error)
@@ -232,7 +248,17 @@ def received(record: "ConsumerRecord[bytes | None, bytes]", codec: Codec = _RECE
     Raises:
         ValueError: When it was not sent by this library.
     """
-    headers = {name: value.decode() for name, value in record.headers} | {TOPIC: record.topic}
+    # What others add on the way, where it was forwarded from say, need not be text.
+    headers = {name: text for name, value in record.headers if (text := _text(value)) is not None}
+    headers[TOPIC] = record.topic
     if record.key is not None:
         headers[KEY] = record.key.decode()
     return unpack(record.value or b"", headers, codec)
+
+
+def _text(value: bytes | None) -> str | None:
+    """Returns a header's value, or None if it can be none of a message's."""
+    try:
+        return None if value is None or b"\0" in value else value.decode()
+    except UnicodeDecodeError:
+        return None

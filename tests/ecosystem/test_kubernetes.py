@@ -12,7 +12,7 @@ import yaml  # type: ignore[import-untyped]  # its stubs are a package of their 
 from outbox import Relay
 from outbox._health import _PROBE_SECONDS  # noqa: TID251 -- its limits are compared with the page
 
-PAGE = (Path(__file__).parent.parent / "docs/how-to/kubernetes.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/how-to/kubernetes.md").read_text(encoding="utf-8")
 PROSE = " ".join(PAGE.split())
 
 

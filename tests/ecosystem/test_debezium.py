@@ -21,7 +21,7 @@ import pytest
 
 from outbox import CommitStrategy, Message, Outbox, OutboxDispatcher, Relay
 
-PAGE = (Path(__file__).parent.parent / "docs/how-to/debezium.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/how-to/debezium.md").read_text(encoding="utf-8")
 UUID_OID, TEXT_OID, BYTEA_OID, TIMESTAMPTZ_OID, BIGINT_OID = 2950, 25, 17, 1184, 20
 ROUTER = "transforms.outbox."
 SLOT = "outbox_debezium"

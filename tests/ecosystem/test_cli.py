@@ -31,7 +31,7 @@ from tests.test_relay import Destination, nothing_is_held, running, write
 
 pytestmark = pytest.mark.timeout(40)
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOBODY = UUID("0199b9a5-0000-7000-8000-000000000000")
 COMMANDS = [
     [],

@@ -40,7 +40,7 @@ from outbox.instrumentation.prometheus import PrometheusMetrics
 from tests.conftest import StartServer
 from tests.test_relay import Destination, Events, fails, running, write
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 async def until(condition: Callable[[], bool]) -> None:
