@@ -13,7 +13,7 @@ demo: .venv  ## Orders under traffic, a relay killed in the middle, and the proo
 test: .venv programs  ## Run the tests of the library itself; they start their own PostgreSQL
 	@$(BIN)/pytest
 
-test-ecosystem: .venv programs  ## Run the tests of frameworks, instrumentation, the command line, and of each extra alone
+test-ecosystem: .venv programs  ## Run the tests of frameworks, instrumentation, command line, docs, examples, each extra alone
 	@$(BIN)/pytest tests/ecosystem
 
 test-destinations: .venv programs brokers  ## Run the contract of every destination against its real broker

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from copy import copy
@@ -88,6 +89,7 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
             "request_timeout_ms": int(timeout.total_seconds() * 1000),
             **settings,
         }
+        self._users = Counter[AIOKafkaProducer]()
         self._is_transactional = settings.get("transactional_id") is not None
         self._turn: AbstractAsyncContextManager[None] = asyncio.Lock() if self._is_transactional else nullcontext()
 
@@ -112,14 +114,23 @@ class KafkaDispatcher(ConnectedDispatcher[AIOKafkaProducer]):
     async def _produce(self, producer: AIOKafkaProducer, messages: Sequence[Message]) -> list[object]:
         """Returns for each None or its error; after some errors the next batch gets another producer."""
         sent: dict[int, asyncio.Future[Any]] = {}
+        self._users[producer] += 1
         try:
             answers = await (self._transact if self._is_transactional else self._send)(producer, messages, sent)
+            if any(map(_is_down, answers)):
+                await self._give_up(producer)
+            elif any(answers[index] for index in sent) and producer is self._client:
+                # What was sent and refused leaves a gap in what an idempotent producer counts: it gets nothing new.
+                self._client = None
         except BaseException:
             await self._give_up(producer)
             raise
-        # One that was sent and refused leaves a gap in what an idempotent producer counts: it cannot go on, either.
-        if any(_is_down(one) or (one and at in sent) for at, one in enumerate(answers)):
-            await self._give_up(producer)
+        finally:
+            self._users[producer] -= 1
+            if not self._users[producer]:
+                del self._users[producer]
+                if producer is not self._client:
+                    await self._close(producer)
         return answers
 
     async def _transact(
@@ -228,7 +239,7 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
 
 
 def _is_down(answer: object) -> bool:
-    """Says whether a new producer may succeed, now or later: with all that aiokafka retries, but for a missing topic."""
+    """Says whether it is Kafka or the producer that is not well: all that aiokafka retries but for a missing topic."""
     if isinstance(answer, errors.UnknownTopicOrPartitionError):
         return False
     return isinstance(answer, (*_DOWN, *_BROKEN)) or getattr(answer, "retriable", False)

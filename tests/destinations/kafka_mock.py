@@ -23,7 +23,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+LEADER_NOT_AVAILABLE: Final = 5
 MESSAGE_TOO_LARGE: Final = 10
+TOPIC_AUTHORIZATION_FAILED: Final = 29
 INVALID_PRODUCER_EPOCH: Final = 47
 
 
@@ -67,10 +69,11 @@ class MockCluster:
         """Delays each answer."""
         self._call("rd_kafka_mock_broker_set_rtt", self._cluster, 1, milliseconds)
 
-    def refuse(self, error: int) -> None:
-        """Answers the next request to produce with this error of the protocol."""
-        code, one = ctypes.c_int(error), ctypes.c_size_t(1)
-        self._call("rd_kafka_mock_push_request_errors", self._cluster, ctypes.c_int16(_PRODUCE), one, code)
+    def refuse(self, error: int, *, times: int = 1) -> None:
+        """Answers the next requests to produce with this error of the protocol."""
+        for _ in range(times):
+            code, one = ctypes.c_int(error), ctypes.c_size_t(1)
+            self._call("rd_kafka_mock_push_request_errors", self._cluster, ctypes.c_int16(_PRODUCE), one, code)
 
     def close(self) -> None:
         """Ends it."""

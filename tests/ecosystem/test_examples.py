@@ -25,7 +25,7 @@ from rich.console import Console
 from outbox import Message, Outbox
 from outbox.cli import demo
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,7 @@ import pytest
 from outbox.embedded import Server
 from tests.destinations.brokers import Process
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 BLOCK = re.compile(
