@@ -149,5 +149,5 @@ async def new_queue(client: Any, name: str) -> str:
 
 async def run(case: Case, broker: AwsBroker) -> None:
     if "ten_thousand" in case.__name__:
-        raise SkipTest("the emulator takes a few hundred messages a second: see the whole way, with three thousand")
+        raise SkipTest("the emulator takes a few hundred messages a second: see the whole way, with a thousand")
     await case(broker)

@@ -16,11 +16,11 @@ COUNT = 3_000
 SECONDS = 45
 
 
-async def check_the_whole_way(broker: Broker, pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
+async def check_the_whole_way(broker: Broker, pool: asyncpg.Pool[Any], outbox: Outbox, *, count: int = COUNT) -> None:
     """Asserts that all that was committed arrives, as it was, that nothing else does, and that nobody died."""
     messages = [
         Message({"number": number}, topic=broker.topic, key=f"key-{number % 50}", recorded_at=datetime.now(UTC))
-        for number in range(COUNT)
+        for number in range(count)
     ]
     async with pool.acquire() as connection:
         async with connection.transaction():
@@ -44,7 +44,7 @@ async def check_the_whole_way(broker: Broker, pool: asyncpg.Pool[Any], outbox: O
                 tasks.start_soon(relay.run)
                 await down.wait()
                 await broker.start()
-                await broker.received(COUNT // 3)
+                await broker.received(count // 3)
                 await broker.stop()
                 await broker.start()
                 await _arrived(broker, {message.id for message in messages})

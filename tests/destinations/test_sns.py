@@ -96,7 +96,7 @@ async def test_what_arrives_through_a_standard_topic(case: Case, standard: Sns) 
 
 
 async def test_the_whole_way(standard: Sns, pool: "asyncpg.Pool[Any]", outbox: Outbox) -> None:
-    await check_the_whole_way(standard, pool, outbox)
+    await check_the_whole_way(standard, pool, outbox, count=1_000)
 
 
 async def test_a_message_in_the_envelope_of_sns_is_received(aws: Emulator) -> None:

@@ -1,5 +1,6 @@
 """Amazon SQS, emulated by the server of moto: see `aws.py`."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -84,7 +85,7 @@ async def test_the_contract_with_a_standard_queue(case: Case, standard: Sqs) -> 
 
 
 async def test_the_whole_way(standard: Sqs, pool: "asyncpg.Pool[Any]", outbox: Outbox) -> None:
-    await check_the_whole_way(standard, pool, outbox)
+    await check_the_whole_way(standard, pool, outbox, count=1_000)
 
 
 async def test_a_message_and_its_attributes(fifo: Sqs) -> None:
@@ -166,15 +167,17 @@ async def test_a_function_that_knows_no_queue_fails_its_message_alone(standard: 
 
 
 class Answering:
-    """A client that answers as it is told: the emulator refuses no entry of a request that it takes."""
+    """A client that fails as it is told, and takes the rest: the emulator refuses no entry of a request it takes."""
 
-    def __init__(self, *answers: dict[str, Any]) -> None:
-        self.answers = list(answers)
+    def __init__(self, *failed: list[dict[str, Any]]) -> None:
+        self.failed = list(failed)
         self.requests: list[list[str]] = []
 
     async def send_message_batch(self, **request: Any) -> dict[str, Any]:
         self.requests.append([entry["MessageBody"] for entry in request["Entries"]])
-        return self.answers.pop(0)
+        failed = self.failed.pop(0)
+        taken = {entry["Id"] for entry in request["Entries"]} - {one["Id"] for one in failed}
+        return {"Successful": [{"Id": name} for name in taken], "Failed": failed}
 
 
 @pytest.mark.parametrize(
@@ -194,16 +197,35 @@ async def test_an_entry_that_failed_is_sorted_and_the_others_are_accepted(
     kind: type[Exception],
 ) -> None:
     messages = [Message(number, topic="orders") for number in range(3)]
-    client = Answering({"Failed": [{"Id": "1", "Code": code, "SenderFault": is_ours, "Message": "why"}]})
+    client = Answering([{"Id": "1", "Code": code, "SenderFault": is_ours, "Message": "why"}])
     failures = await failures_of(SqsDispatcher(client, "https://sqs/queue"), *messages)
     assert list(failures) == [messages[1].id]
     assert type(failures[messages[1].id]) is kind
     assert code in str(failures[messages[1].id])
 
 
+async def test_a_page_that_something_on_the_way_answers_is_no_acknowledgement(aws: Emulator) -> None:
+    page = b"<html>sign in</html>"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]))
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+        writer.write(head % len(page) + page)
+        await writer.drain()
+        writer.close()
+
+    message = Message(1, topic="orders")
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as portal:
+        port = portal.sockets[0].getsockname()[1]
+        async with aws.client("sqs", port) as client:
+            failures = await failures_of(SqsDispatcher(client, f"http://127.0.0.1:{port}/1/queue"), message)
+    assert isinstance(failures[message.id], DestinationUnavailableError)
+
+
 async def test_those_behind_a_failure_of_their_group_are_not_sent() -> None:
     messages = [Message(number, topic="orders", key="ab"[number % 2]) for number in range(12)]
-    client = Answering({"Failed": [{"Id": "0", "Code": "AccessDenied", "SenderFault": True}]}, {})
+    client = Answering([{"Id": "0", "Code": "AccessDenied", "SenderFault": True}], [])
     failures = await failures_of(SqsDispatcher(client, "https://sqs/queue.fifo"), *messages)
     assert client.requests[1:] == [["11"]]  # of the second request 10 is behind 0
     assert list(failures) == [messages[0].id, messages[10].id]

@@ -32,8 +32,8 @@ from outbox.cli import main
 from outbox.embedded import Server
 from tests.clock import Clock
 from tests.conftest import StartServer
-from tests.relay_process import relays
 from tests.ecosystem.test_cli import Stuck, bury, slots_owned
+from tests.relay_process import relays
 from tests.test_relay import Destination, running, write
 
 pytestmark = pytest.mark.timeout(30)
