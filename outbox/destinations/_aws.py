@@ -196,7 +196,11 @@ class BatchSender:
                 if isinstance(reason, DestinationUnavailableError):
                     down.append(reason)
                 return dict.fromkeys(ids, reason)
-        return {ids[int(one["Id"])]: _failed(one) for one in answer.get("Failed", ())}
+        # What is in neither list was not taken: a proxy, for one, may answer 200 with a page of its own.
+        unknown = DestinationUnavailableError("the answer does not say that it was taken: is it the service's?")
+        taken = {int(one["Id"]) for one in answer.get("Successful", ())}
+        failed = {ids[int(one["Id"])]: _failed(one) for one in answer.get("Failed", ())}
+        return {name: unknown for number, name in enumerate(ids) if number not in taken} | failed
 
 
 def _is_fifo(address: str) -> bool:

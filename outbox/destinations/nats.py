@@ -1,13 +1,15 @@
 """NATS JetStream, through nats-py."""
 
 import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Final
 
 import anyio
 
 from outbox._codec import Codec
-from outbox._errors import DestinationUnavailableError, RejectedError, describe, needs
+from outbox._errors import DestinationUnavailableError, OutboxError, RejectedError, describe, needs
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import Connect, ConnectedDispatcher
@@ -34,6 +36,15 @@ _DOWN: Final = (
     TimeoutError,  # of which nats.errors.TimeoutError is one
 )
 _NEVER: Final = (nats.errors.MaxPayloadError, nats.errors.BadSubjectError, nats.errors.BadHeaderError)
+_ACCOUNT_IS_FULL: Final = 10002
+"""The server's code for it; it is no message's fault."""
+_SUBJECT_IS_FULL: Final = "maximum messages per subject exceeded"
+"""With this reason the service is unavailable for one subject only."""
+
+_AROUND_HEADERS, _AROUND_HEADER = len("NATS/1.0\r\n\r\n"), len(": \r\n")
+_LONGEST_TOPIC: Final = 4_000
+"""In bytes: with the reply's subject it stands in one line of the protocol, of 4,096 bytes at most."""
+_PROBE_SECONDS: Final = 1
 
 
 class NatsDispatcher(ConnectedDispatcher[Client]):
@@ -59,16 +70,25 @@ class NatsDispatcher(ConnectedDispatcher[Client]):
             DestinationUnavailableError: When the broker cannot be reached.
         """
         if messages:
-            stream = (await self._connected()).jetstream(timeout=self._timeout)
-            answers = await asyncio.gather(
-                *(self._publish(stream, message) for message in messages), return_exceptions=True
+            client = await self._connected()
+            stream = client.jetstream(timeout=self._timeout)
+            answers: list[object] = await asyncio.gather(
+                *(self._publish(stream, message, client.max_payload) for message in messages), return_exceptions=True
             )
+            silent = {one.topic for one, answer in zip(messages, answers, strict=True) if _is_silence(answer)}
+            astray = await _not_stored(stream, silent) if silent else {}
+            answers = [
+                astray.get(one.topic, answer) if _is_silence(answer) else answer
+                for one, answer in zip(messages, answers, strict=True)
+            ]
             require_accepted(messages, answers, _sort)
 
-    async def _publish(self, stream: JetStreamContext, message: Message) -> None:
+    async def _publish(self, stream: JetStreamContext, message: Message, most: int) -> None:
         headers = {escape(name): escape(value) for name, value in pack(message, ID, TOPIC).items()}
+        headers[Header.MSG_ID] = str(message.id)
+        _require_fitting(message, headers, most)
         with anyio.fail_after(self._timeout):
-            await stream.publish(message.topic, message.body, headers={**headers, Header.MSG_ID: str(message.id)})
+            await stream.publish(message.topic, message.body, headers=headers)
 
     def _is_open(self, client: Client) -> bool:
         return not client.is_closed
@@ -77,8 +97,41 @@ class NatsDispatcher(ConnectedDispatcher[Client]):
         await client.close()
 
 
+def _require_fitting(message: Message, headers: dict[str, str], most: int) -> None:
+    """Raises for what the client would send and the server cut the connection over, and with it the whole batch."""
+    size = _AROUND_HEADERS + sum(len(name) + len(value) + _AROUND_HEADER for name, value in headers.items())
+    if size + len(message.body) > most:
+        raise RejectedError(
+            f"message {message.id}: {len(message.body)} bytes and {size} of headers are beyond the server's {most}"
+        )
+    if len(message.topic.encode()) > _LONGEST_TOPIC:
+        raise RejectedError(f"message {message.id}: the topic is longer than {_LONGEST_TOPIC} bytes")
+
+
+def _is_silence(answer: object) -> bool:
+    return isinstance(answer, TimeoutError)
+
+
+async def _not_stored(stream: JetStreamContext, topics: Iterable[str]) -> dict[str, BaseException]:
+    """Returns an error for each topic that no stream stores: somebody may listen to it who acknowledges nothing."""
+    astray: dict[str, BaseException] = {}
+
+    async def look(topic: str) -> None:
+        with suppress(nats.errors.Error, OSError):
+            try:
+                await stream.find_stream_name_by_subject(topic)
+            except nats.js.errors.NotFoundError as error:
+                astray[topic] = caused(OutboxError(f"no stream stores {topic!r}, though somebody listens to it"), error)
+
+    with anyio.move_on_after(_PROBE_SECONDS):
+        await asyncio.gather(*map(look, topics))
+    return astray
+
+
 def _sort(error: BaseException) -> BaseException:
-    if isinstance(error, _DOWN):
+    if isinstance(error, nats.js.errors.APIError) and error.description == _SUBJECT_IS_FULL:
+        return error
+    if isinstance(error, _DOWN) or getattr(error, "err_code", None) == _ACCOUNT_IS_FULL:
         return caused(DestinationUnavailableError(f"NATS does not answer: {describe(error)}"), error)
     if isinstance(error, _NEVER):
         return caused(RejectedError(f"NATS can never take it: {describe(error)}"), error)

@@ -1,6 +1,7 @@
 """Redis Streams, through redis-py."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,9 @@ _DOWN: Final = (
     OSError,
     TimeoutError,
 )
+# The client has no class for these: a script that goes on and on, a disk that is full, too few replicas.
+_DOWN_PREFIXES: Final = ("BUSY ", "MISCONF ", "NOREPLICAS ")
+_PROBE_SECONDS: Final = 1
 
 
 class RedisDispatcher:
@@ -97,11 +101,18 @@ class RedisDispatcher:
             with anyio.fail_after(self._timeout):
                 return await pipeline.execute(raise_on_error=False)
         except _DOWN as error:
+            if await self._is_well():  # it is what was sent: something beyond the server's limits, for one
+                raise
             raise _sort(error) from error
+
+    async def _is_well(self) -> bool:
+        with anyio.move_on_after(_PROBE_SECONDS), suppress(*_DOWN):
+            return bool(await self._client.ping())
+        return False
 
 
 def _sort(error: BaseException) -> BaseException:
-    if isinstance(error, _DOWN):
+    if isinstance(error, _DOWN) or str(error).startswith(_DOWN_PREFIXES):
         return caused(DestinationUnavailableError(f"Redis does not answer: {describe(error)}"), error)
     return error
 

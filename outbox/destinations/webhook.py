@@ -58,6 +58,15 @@ _DOWN: Final = (
     OSError,  # a name that cannot be resolved is one
     TimeoutError,
 )
+# It was there, took what it was sent, and cut the connection over it: a process may crash on a message.
+_CUT: Final = (
+    httpx.ReadError,
+    httpx.WriteError,
+    httpx.RemoteProtocolError,
+    httpcore.ReadError,
+    httpcore.WriteError,
+    httpcore.RemoteProtocolError,
+)
 _NEVER: Final = {400, 410, 413, 414, 415, 422, 431}
 _BUSY: Final = {429, 502, 503, 504}
 _MOVED: Final = {307, 308}  # the others make a GET of a POST
@@ -137,6 +146,8 @@ class _Batch:
     """What is known of the receiver while one batch is on its way."""
 
     down: BaseException | None = None
+    cut: dict[str, OutboxError] = field(default_factory=dict)
+    """By origin, one error for all whose connection was cut, so that the relay finds out over which of them."""
 
 
 class WebhookDispatcher:
@@ -146,7 +157,8 @@ class WebhookDispatcher:
 
     With one endpoint a receiver that cannot be reached, does not answer or is overloaded (429, 502, 503, 504) is
     unavailable: no attempt is spent, and it is left alone for as long as `Retry-After` says. With several, by a
-    function, none must hold back the others: the same is then a failure of the message, to be tried again.
+    function, none must hold back the others: the same is then a failure of the message, to be tried again. So is a
+    connection that the receiver cuts instead of an answer, since it may do so over this message each time.
     400, 410, 413, 414, 415, 422 and 431 reject the message. Everything else is a failure that somebody may mend.
 
     Only public addresses are reached, whatever a name resolves to and wherever a redirect leads.
@@ -253,7 +265,10 @@ class WebhookDispatcher:
             try:
                 await self._post(endpoint, message, began + self._timeout)
             except _DOWN as error:
-                failure = OutboxError(f"{_origin(_parsed(endpoint.url))} does not answer: {describe(error)}")
+                origin = _origin(_parsed(endpoint.url))
+                failure = OutboxError(f"{origin} does not answer: {describe(error)}")
+                if isinstance(error, _CUT):
+                    raise batch.cut.setdefault(origin, failure) from error
                 # If it has answered others meanwhile then it is well, and this message is what it cannot answer.
                 is_well = isinstance(error, TimeoutError) and self._answered_at >= began
                 raise failure if is_well else self._unavailable(batch, failure) from error

@@ -66,6 +66,8 @@ async def answer(store: Store, path: str, headers: Headers, body: bytes, version
         return int(status), {"location": where}, b""
     if what not in {"", "flood", "stall"} or headers.get("ce-type") == "nobody":
         return 404, {}, b"nobody takes this"
+    if headers.get("ce-type") == "crashes":
+        raise ConnectionAbortedError
     if headers.get("ce-type") == "hangs":
         await asyncio.Event().wait()
     if len(body) > LARGEST:

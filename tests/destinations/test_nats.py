@@ -107,7 +107,7 @@ async def test_a_topic_that_somebody_listens_to_but_no_stream_stores_is_a_failur
 
 @pytest.mark.parametrize("is_all", [True, False])
 async def test_only_a_stream_that_is_full_as_a_whole_is_unavailable(broker: Nats, is_all: bool) -> None:  # noqa: FBT001 -- a parameter of the test
-    limits = {"max_msgs": 1} if is_all else {"max_msgs_per_subject": 1, "discard_new_per_subject": True}
+    limits: dict[str, Any] = {"max_msgs": 1} if is_all else {"max_msgs_per_subject": 1, "discard_new_per_subject": True}
     full: Any = StreamConfig(name="FULL", subjects=["full.>"], discard=DiscardPolicy.NEW, **limits)
     async with await nats.connect(broker.url) as client, broker.destination() as destination:
         await client.jetstream().add_stream(full)

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import asyncpg
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from outbox import Message, Outbox, PartialDispatchError, RejectedError
+from outbox import DestinationUnavailableError, Message, Outbox, PartialDispatchError, RejectedError
 from outbox.destinations.redis import RedisDispatcher, received
 from outbox.testing import CONTRACT, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
@@ -88,3 +90,46 @@ async def test_a_header_with_a_name_of_the_librarys_own_is_rejected_alone(broker
     assert list(caught.value.failures) == [bad.id]
     assert isinstance(caught.value.failures[bad.id], RejectedError)
     assert [message.id for message in await broker.received(1)] == [good.id]
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        Message.from_body(b"x" * (MEGABYTE + 1), topic="contract"),
+        Message.from_body(b"x", topic="contract", headers={"long": "x" * (MEGABYTE + 1)}),
+    ],
+    ids=["body", "header"],
+)
+async def test_a_server_that_cuts_the_connection_over_what_it_was_sent_is_not_down(
+    broker: RedisServer, poison: Message
+) -> None:
+    """Taken for that, it would be sent again and again for ever, and all the others of its batch with it."""
+    destination = RedisDispatcher(broker.client, timeout=timedelta(seconds=2))  # who does not know the server's limit
+    with pytest.raises((RedisError, TimeoutError)):
+        await destination.dispatch(poison, Message(1, topic=broker.topic))
+    await destination.dispatch(Message(1, topic=broker.topic))
+
+
+async def test_a_server_that_writes_nothing_now_is_unavailable(broker: RedisServer) -> None:
+    message = Message(1, topic=broker.topic)
+    await broker.client.config_set("min-replicas-to-write", 1)
+    with pytest.raises(PartialDispatchError) as caught:
+        await RedisDispatcher(broker.client).dispatch(message)
+    assert isinstance(caught.value.failures[message.id], DestinationUnavailableError)
+    assert "NOREPLICAS" in str(caught.value.failures[message.id])
+
+
+async def test_a_dispatch_that_was_cancelled_reads_no_answers_of_another(broker: RedisServer) -> None:
+    """A connection that goes back with answers still to come would give them to the next batch."""
+    destination = RedisDispatcher(broker.client)
+    await destination.dispatch(Message(0, topic=broker.topic))
+    await broker.freeze()
+    for _ in range(20):
+        with anyio.move_on_after(0.02):
+            await destination.dispatch(*[Message(1, topic=broker.topic) for _ in range(10)])
+    await broker.thaw()
+    bad = Message(2, topic="not-a-stream")
+    with pytest.raises(PartialDispatchError) as caught:
+        await destination.dispatch(bad, Message(2, topic=broker.topic))
+    assert list(caught.value.failures) == [bad.id]
+    assert len(await broker.client.client_list()) <= 2

@@ -320,6 +320,18 @@ async def test_a_message_that_a_receiver_chokes_on_is_to_blame_itself(broker: Re
         assert isinstance(alone[bad.id], DestinationUnavailableError)
 
 
+async def test_a_message_over_which_a_receiver_cuts_the_connection_fails_by_itself(broker: Receiver) -> None:
+    """Taken for a receiver that is down it would be sent for ever, and the others of its batch not at all."""
+    bad, worse, *good = [Message(1, topic=topic) for topic in ("crashes", "crashes", *["orders"] * 50)]
+    async with broker.to() as destination:
+        failures = await failures_of(destination, bad, *good)
+        assert list(failures) == [bad.id]
+        assert not isinstance(failures[bad.id], DestinationUnavailableError)
+        assert {one.id for one in await broker.received(50)} == {one.id for one in good}
+        both = await failures_of(destination, bad, worse)
+        assert both[bad.id] is both[worse.id]  # so that the relay blames neither, and tries each alone
+
+
 async def test_a_receiver_that_drips_bytes_ends_at_the_timeout(broker: Receiver) -> None:
     with anyio.fail_after(5):
         error = await failure(broker.to("/drip", timeout=timedelta(seconds=0.5)))
