@@ -267,6 +267,7 @@ async def test_what_is_held_by_relays_that_were_deleted_by_hand_is_found(
 # --- what a relay knew of a server that crashed ------------------------------------------------------------
 
 
+@pytest.mark.timeout(60)  # as long as all of its chances may take
 async def test_positions_that_a_crash_gives_out_anew_are_delivered(own_server: StartServer, floors: Floors) -> None:
     async with mortal(own_server) as (server, pool, outbox), named_pool(server.dsn, synchronous_commit="off") as quick:
         if server.version < 18:

@@ -8,6 +8,7 @@ from typing import Any, Final
 _PRODUCER: Final = 0
 _UNKNOWN_TOPIC: Final = 3
 _PRODUCE: Final = 0
+_PARTITIONS: Final = 3
 _TEXT: Final = 512
 
 
@@ -23,7 +24,6 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-LEADER_NOT_AVAILABLE: Final = 5
 MESSAGE_TOO_LARGE: Final = 10
 TOPIC_AUTHORIZATION_FAILED: Final = 29
 INVALID_PRODUCER_EPOCH: Final = 47
@@ -47,7 +47,7 @@ class MockCluster:
         assert self._client, reason.value
         self._cluster = self._call("rd_kafka_mock_cluster_new", self._client, 1)
         assert self._cluster
-        self._call("rd_kafka_mock_topic_create", self._cluster, topic.encode(), 3, 1)
+        self._call("rd_kafka_mock_topic_create", self._cluster, topic.encode(), _PARTITIONS, 1)
         self._call("rd_kafka_mock_topic_set_error", self._cluster, missing.encode(), _UNKNOWN_TOPIC)
         self.bootstrap_servers: str = self._library.rd_kafka_mock_cluster_bootstraps(
             ctypes.c_void_p(self._cluster)
@@ -69,11 +69,16 @@ class MockCluster:
         """Delays each answer."""
         self._call("rd_kafka_mock_broker_set_rtt", self._cluster, 1, milliseconds)
 
-    def refuse(self, error: int, *, times: int = 1) -> None:
-        """Answers the next requests to produce with this error of the protocol."""
-        for _ in range(times):
-            code, one = ctypes.c_int(error), ctypes.c_size_t(1)
-            self._call("rd_kafka_mock_push_request_errors", self._cluster, ctypes.c_int16(_PRODUCE), one, code)
+    def refuse(self, error: int) -> None:
+        """Answers the next request to produce with this error of the protocol."""
+        code, one = ctypes.c_int(error), ctypes.c_size_t(1)
+        self._call("rd_kafka_mock_push_request_errors", self._cluster, ctypes.c_int16(_PRODUCE), one, code)
+
+    def lead(self, topic: str, broker: int | None) -> None:
+        """Makes a broker the leader of all partitions of a topic, or leaves them without one."""
+        for partition in range(_PARTITIONS):
+            leader = ctypes.c_int32(-1 if broker is None else broker)
+            self._call("rd_kafka_mock_partition_set_leader", self._cluster, topic.encode(), partition, leader)
 
     def close(self) -> None:
         """Ends it."""

@@ -31,7 +31,6 @@ from outbox.destinations.kafka import KafkaDispatcher, received
 from outbox.testing import CONTRACT, Broker, Case
 from tests.destinations.kafka_mock import (
     INVALID_PRODUCER_EPOCH,
-    LEADER_NOT_AVAILABLE,
     MESSAGE_TOO_LARGE,
     TOPIC_AUTHORIZATION_FAILED,
     MockCluster,
@@ -111,7 +110,7 @@ async def broker(request: pytest.FixtureRequest) -> AsyncIterator[Kafka]:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
     await admin.start()
     try:
-        await admin.create_topics([NewTopic(kafka.topic, num_partitions=3, replication_factor=-1)])
+        await admin.create_topics([NewTopic(kafka.topic, num_partitions=3, replication_factor=1)])
         yield kafka
         await admin.delete_topics([kafka.topic])
     finally:
@@ -270,12 +269,15 @@ async def test_a_topic_that_is_new_while_no_broker_answers_is_not_taken_for_a_mi
         assert len(failures) == 2
 
 
-async def test_a_partition_without_a_leader_is_unavailable(mock: LibrdkafkaMock) -> None:
-    async with mock.destination(retry_backoff_ms=20) as destination:
-        await destination.dispatch(Message("before", topic=mock.topic))
-        mock.cluster.refuse(LEADER_NOT_AVAILABLE, times=1_000)
-        (error,) = (await failures_of(destination, Message(1, topic=mock.topic))).values()
-        assert isinstance(error, DestinationUnavailableError)
+async def test_partitions_without_a_leader_are_unavailable_until_they_have_one(mock: LibrdkafkaMock) -> None:
+    batch = [Message(number, topic=mock.topic, key=f"key-{number}") for number in range(10)]
+    async with mock.destination() as destination:
+        mock.cluster.lead(mock.topic, None)
+        failures = await failures_of(destination, *batch)
+        assert {type(error) for error in failures.values()} == {DestinationUnavailableError}
+        assert len(failures) == 10
+        mock.cluster.lead(mock.topic, 1)
+        await destination.dispatch(*batch)
 
 
 async def test_what_may_not_be_written_is_a_failure_that_an_operator_may_mend(mock: LibrdkafkaMock) -> None:
@@ -315,6 +317,17 @@ async def test_in_transactions_batches_that_wait_outlive_the_one_that_is_cancell
             assert first.cancelled()
     finally:
         mock.cluster.close()
+
+
+async def test_a_producer_whose_sender_died_between_two_batches_is_replaced(mock: LibrdkafkaMock) -> None:
+    async with mock.destination() as destination:
+        await destination.dispatch(Message(1, topic=mock.topic))
+        producer = destination._client  # noqa: SLF001 -- no mock can make it die while it is idle
+        assert producer
+        sender = producer._sender.sender_task  # noqa: SLF001 -- as above
+        sender.cancel()
+        await asyncio.wait([sender])
+        await destination.dispatch(Message(2, topic=mock.topic))
 
 
 async def test_a_producer_that_was_fenced_is_replaced(mock: LibrdkafkaMock) -> None:
