@@ -4,14 +4,18 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 
+import anyio
 import httpcore
 import httpx
 
 from outbox._errors import OutboxError
+
+_CLOSE_SECONDS: Final = 1
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -130,18 +134,31 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Sends the request; the response's body is read by whoever wants it."""
         url = request.url
-        response = await self._pool.handle_async_request(
-            httpcore.Request(
-                request.method,
-                httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
-                headers=request.headers.raw,
-                content=request.stream,
-                extensions=request.extensions,
+        where = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        try:
+            response = await self._pool.handle_async_request(
+                httpcore.Request(
+                    request.method,
+                    where,
+                    headers=request.headers.raw,
+                    content=request.stream,
+                    extensions=request.extensions,
+                )
             )
-        )
+        except asyncio.CancelledError:  # no answer in time
+            await self._drop(where.origin)
+            raise
         return httpx.Response(
             response.status, headers=response.headers, stream=_Body(response), extensions=response.extensions
         )
+
+    async def _drop(self, origin: httpcore.Origin) -> None:
+        """Closes what further requests would go through: of HTTP/2 it may be dead, and nothing else would notice."""
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+            for connection in self._pool.connections:
+                if connection.can_handle_request(origin) and connection.is_available():
+                    with suppress(Exception):  # it may well be broken
+                        await connection.aclose()
 
     async def aclose(self) -> None:
         """Closes all connections."""

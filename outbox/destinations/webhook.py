@@ -263,7 +263,7 @@ class WebhookDispatcher:
             self._require_available(batch)
             began = time.monotonic()
             try:
-                await self._post(endpoint, message, began + self._timeout)
+                await self._post_again(endpoint, message, began + self._timeout)
             except _DOWN as error:
                 origin = _origin(_parsed(endpoint.url))
                 failure = OutboxError(f"{origin} does not answer: {describe(error)}")
@@ -298,6 +298,13 @@ class WebhookDispatcher:
         if retry_after and isinstance(self._endpoint, Endpoint):
             pause = min(retry_after, _LONGEST_PAUSE).total_seconds()
             self._silent_until = max(self._silent_until, time.monotonic() + pause)
+
+    async def _post_again(self, endpoint: Endpoint, message: Message, deadline: float) -> None:
+        """Posts a message, and once more when the connection was cut: it may have been dead before it was used."""
+        try:
+            await self._post(endpoint, message, deadline)
+        except _CUT:
+            await self._post(endpoint, message, deadline)
 
     async def _post(self, endpoint: Endpoint, message: Message, deadline: float) -> None:
         """Posts a message, also to where redirects lead, and returns when the answer is 2xx."""

@@ -78,13 +78,13 @@ async def answer(store: Store, path: str, headers: Headers, body: bytes, version
 
 
 async def serve(store: Store, reader: StreamReader, writer: StreamWriter) -> None:
-    with suppress(ConnectionError, asyncio.IncompleteReadError):
-        tls: ssl.SSLObject | None = writer.get_extra_info("ssl_object")
-        if tls and tls.selected_alpn_protocol() == "h2":
-            await serve_http2(store, reader, writer)
-        else:
-            await serve_http1(store, reader, writer)
-    writer.close()
+    tls: ssl.SSLObject | None = writer.get_extra_info("ssl_object")
+    is_http2 = tls is not None and tls.selected_alpn_protocol() == "h2"
+    try:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            await (serve_http2 if is_http2 else serve_http1)(store, reader, writer)
+    finally:
+        writer.close()
 
 
 async def serve_http1(store: Store, reader: StreamReader, writer: StreamWriter) -> None:

@@ -35,6 +35,7 @@ from outbox.testing import CONTRACT, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
 from tests.destinations.receiver import LARGEST
 from tests.destinations.relaying import check_the_whole_way
+from tests.faults import FaultProxy
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 -- the published one, which protects nothing
 OTHER = "whsec_" + base64.b64encode(b"x" * 32).decode()
@@ -225,6 +226,21 @@ async def test_http_2_is_spoken_where_it_is_served(case: Case, tmp_path: Path) -
     async for broker in running(Receiver(tmp_path, certificate, key, tls=tls, allow_http=False)):
         await case(broker)
         assert {one["version"] for one in broker.requests} == {"HTTP/2"}
+
+
+async def test_a_connection_of_http_2_that_is_dead_is_not_used_again(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    tls = ssl.create_default_context(cafile=str(certificate))
+    async for broker in running(Receiver(tmp_path, certificate, key, tls=tls, timeout=timedelta(seconds=0.5))):
+        async with FaultProxy(int(broker.url.rpartition(":")[2])) as way:
+            broker.url = f"https://localhost:{way.port}"
+            async with broker.to() as destination:
+                await destination.dispatch(Message(1, topic="orders"))
+                way.black_hole()
+                way.heal()
+                error = (await failures_of(destination, Message(2, topic="orders"))).popitem()[1]
+                assert isinstance(error, DestinationUnavailableError)
+                await destination.dispatch(Message(3, topic="orders"))
 
 
 async def test_a_certificate_for_another_name_is_not_trusted(tmp_path: Path) -> None:
