@@ -104,8 +104,8 @@ class FastStreamDispatcher:
             DestinationUnavailableError: When the broker cannot be reached.
         """
         if messages:
-            calls = [self._call(message) for message in messages]
             connection = await self._connected()
+            calls = [self._call(message, connection) for message in messages]
             sent = [call for call in calls if not isinstance(call, RejectedError)]
             answers = iter(await self._publish(connection, sent))
             outcomes = [call if isinstance(call, RejectedError) else next(answers) for call in calls]
@@ -165,17 +165,19 @@ class FastStreamDispatcher:
         except Exception as error:  # noqa: BLE001 -- it is this message's answer
             return error
 
-    def _call(self, message: Message) -> Call | RejectedError:
+    def _call(self, message: Message, connection: Any) -> Call | RejectedError:
         if self._max_body is not None and len(message.body) > self._max_body:
             return RejectedError(
                 f"message {message.id}: a body of {len(message.body)} bytes is beyond {self._max_body}"
             )
+        name = str(message.id)
         try:
             own = pack(message)
+            headers = {escape(key): escape(value) for key, value in self._with_added(name, own).items()}
+            if self._kind == "nats":  # whose client, cut by the server over one of these, is closed for good
+                import_module(_SORTED_BY["nats"]).require_fitting(message, headers, connection.max_payload)
         except RejectedError as error:
             return error
-        name = str(message.id)
-        headers = {escape(key): escape(value) for key, value in self._with_added(name, own).items()}
         common = {"message": message.body, "headers": headers, "correlation_id": own.get("correlation_id", name)}
         return {**self._options, **common, **self._particular(message)}
 

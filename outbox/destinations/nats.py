@@ -86,7 +86,7 @@ class NatsDispatcher(ConnectedDispatcher[Client]):
     async def _publish(self, stream: JetStreamContext, message: Message, most: int) -> None:
         headers = {escape(name): escape(value) for name, value in pack(message, ID, TOPIC).items()}
         headers[Header.MSG_ID] = str(message.id)
-        _require_fitting(message, headers, most)
+        require_fitting(message, headers, most)
         with anyio.fail_after(self._timeout):
             await stream.publish(message.topic, message.body, headers=headers)
 
@@ -97,7 +97,7 @@ class NatsDispatcher(ConnectedDispatcher[Client]):
         await client.close()
 
 
-def _require_fitting(message: Message, headers: dict[str, str], most: int) -> None:
+def require_fitting(message: Message, headers: dict[str, str], most: int) -> None:
     """Raises for what the client would send and the server cut the connection over, and with it the whole batch."""
     size = _AROUND_HEADERS + sum(len(name) + len(value) + _AROUND_HEADER for name, value in headers.items())
     if size + len(message.body) > most:

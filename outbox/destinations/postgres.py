@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Final
 
 import anyio
+import asyncpg
 
 from outbox._dispatcher import OutboxDispatcher
 from outbox._errors import DestinationUnavailableError, describe
@@ -16,6 +17,9 @@ from outbox._session import is_transient
 
 # Whatever the server's default: under a stricter one a message that another transaction accepted is an error.
 _BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED, READ WRITE"
+
+# SQLSTATEs of a server that is not well. With any other, a trigger's for one, it refuses what was to be written.
+_AWAY: Final = ("08", "25", "40", "53", "55", "57", "58")
 
 
 class PostgresDispatcher:
@@ -65,7 +69,7 @@ class PostgresDispatcher:
                 for outbox in self._outboxes:
                     await OutboxDispatcher(connection, outbox).dispatch(*messages)
         except Exception as error:
-            if is_transient(error):
+            if _is_away(error):
                 raise DestinationUnavailableError(f"the database is away: {describe(error)}") from error
             raise
 
@@ -84,3 +88,9 @@ class PostgresDispatcher:
         finally:
             with anyio.CancelScope(shield=True):
                 await self._pool.release(connection)
+
+
+def _is_away(error: Exception) -> bool:
+    reason = error.__cause__ or error
+    refuses = isinstance(reason, asyncpg.PostgresError) and not (reason.sqlstate or "").startswith(_AWAY)
+    return is_transient(error) and not refuses

@@ -73,6 +73,8 @@ _MOVED: Final = {307, 308}  # the others make a GET of a POST
 _LONGEST_PAUSE: Final = timedelta(hours=1)
 _MOST_OF_BODY: Final = 64 * 1024
 _TOLD_OF_BODY: Final = 200
+_MOST_OF_HEADERS: Final = 64 * 1024
+"""Of a message, in bytes. To compress them for HTTP/2 takes the square of their length: a megabyte, over a minute."""
 _FORWARDED: Final = re.compile(r"(?!ce-|webhook-|content-|proxy-)[a-z0-9-]+")
 _OWN: Final = {
     *("accept", "accept-encoding", "authorization", "connection", "cookie", "date", "expect", "forwarded", "host"),
@@ -166,8 +168,8 @@ class WebhookDispatcher:
     Args:
         endpoint: Where to post, or a function that says it for each message.
         source: Who sends, the CloudEvents attribute `source`: a URI or a path such as "/orders".
-        mode: "binary": the body is the message's, the rest is in headers. "structured": all of it is a JSON object,
-            and so all of it is signed.
+        mode: "binary": the body is the message's, the rest is in headers, and rejected beyond 64 KiB. "structured": all
+            of it is a JSON object, and so all of it is signed.
         content_type: Of the messages' bodies.
         forward: Names of message headers, in lower case, that are also sent as HTTP headers. `traceparent` and
             `tracestate` always are. All headers of a message travel in the event anyway.
@@ -309,10 +311,12 @@ class WebhookDispatcher:
     async def _post(self, endpoint: Endpoint, message: Message, deadline: float) -> None:
         """Posts a message, also to where redirects lead, and returns when the answer is 2xx."""
         headers, body = self._event(message)
+        forwarded = {name: escape(message.headers[name]) for name in self._forward if message.headers.get(name)}
+        if (size := sum(map(len, (*headers.values(), *forwarded.values())))) > _MOST_OF_HEADERS:
+            raise RejectedError(f"message {message.id}: {size} bytes are too much for headers: take mode='structured'")
         headers |= _HEADERS
         if endpoint._keys:
             headers |= signed(endpoint._keys, str(message.id), body, int(time.time()))
-        forwarded = {name: escape(message.headers[name]) for name in self._forward if message.headers.get(name)}
         theirs = {name.lower(): value for name, value in endpoint.headers.items()}
         url, left = _parsed(endpoint.url), self._redirects
         while True:

@@ -152,8 +152,11 @@ def _creation(message: Message) -> SpanContext | None:
 def _carrying(span: Span, message: Message) -> Message:
     """Returns the message with the context of a span in its headers; without an SDK there may be none."""
     headers: dict[str, str] = {}
-    propagate.inject(headers, trace.set_span_in_context(span))
-    return message.with_headers(headers) if headers else message
+    try:
+        propagate.inject(headers, trace.set_span_in_context(span))
+        return message.with_headers(headers) if headers else message
+    except Exception:  # noqa: BLE001 -- as above; nor may one cost a dispatch, and the writer's transaction with it
+        return message
 
 
 def _record(span: Span, error: BaseException) -> None:

@@ -170,6 +170,29 @@ async def what_is_too_large_is_rejected_and_nothing_else(broker: Broker) -> None
 
 
 @_case
+async def what_is_beyond_some_limit_is_not_taken_for_a_broker_that_is_down(broker: Broker) -> None:
+    # It would be sent for ever, and the others of its batch with it. A broker may cut the connection over it.
+    if broker.too_large is None:
+        raise SkipTest("this broker takes every size")
+    most = broker.too_large - 1
+    sent: list[Message] = []
+    async with broker.destination() as destination:
+        for odd in (
+            Message.from_body(b"x" * most, topic=broker.topic, headers={"besides": "the body"}),
+            Message.from_body(b"x", topic=broker.topic, headers={"long": "x" * most}),
+            Message.from_body(b"x", topic=f"{broker.topic}.{'x' * 5_000}"),
+        ):
+            before, after = _messages(broker.topic, 2)
+            failures = await _failures(destination, before, odd, after)
+            for error in failures.values():
+                assert not every(DestinationUnavailableError, error), describe(error)
+            # A connection that was cut is nobody's in particular: the others are tried again.
+            await _deliver_all(destination, [one for one in (before, after) if one.id in failures])
+            sent += (before, odd, after)
+            await _arrival(broker, [before, after], others=sent)
+
+
+@_case
 async def what_nobody_takes_is_a_failure_of_its_own(broker: Broker) -> None:
     if broker.unroutable is None:
         raise SkipTest("this broker takes every topic")

@@ -12,7 +12,16 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from outbox import Inbox, Message, Outbox, OutboxDispatcher, Relay, SchemaError
+from outbox import (
+    DestinationUnavailableError,
+    Inbox,
+    Message,
+    Outbox,
+    OutboxDispatcher,
+    OutboxError,
+    Relay,
+    SchemaError,
+)
 from outbox.destinations.postgres import PostgresDispatcher
 from outbox.embedded import Server
 from outbox.testing import CONTRACT, Broker, Case, CollectingDispatcher, drain
@@ -99,6 +108,23 @@ async def test_what_was_accepted_is_written_or_neither_is(pool: asyncpg.Pool[Any
     await PostgresDispatcher(pool, outbox, inbox=inbox).dispatch(message)
     async with pool.acquire() as connection:
         assert [one.id for one in await outbox.retrieve(connection, 10)] == [message.id]
+
+
+async def test_a_message_that_a_trigger_refuses_is_not_taken_for_a_database_that_is_away(
+    pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    refuse = f'"{outbox.schema}".refuse'
+    async with pool.acquire() as connection:
+        await connection.execute(
+            f"CREATE FUNCTION {refuse}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not this one'; END $$;"
+            f'CREATE TRIGGER refuse BEFORE INSERT ON "{outbox.schema}".{outbox.table} FOR EACH ROW '
+            f"WHEN (NEW.topic = 'bad') EXECUTE FUNCTION {refuse}()"
+        )
+    destination = PostgresDispatcher(pool, outbox)
+    with pytest.raises(OutboxError, match="not this one") as caught:
+        await destination.dispatch(Message(1, topic="bad"), Message(2, topic="good"))
+    assert not isinstance(caught.value, DestinationUnavailableError)
+    await destination.dispatch(Message(2, topic="good"))
 
 
 async def test_destinations_with_a_table_each_do_not_hold_each_other_back(

@@ -233,6 +233,29 @@ async def test_a_propagator_that_raises_costs_no_delivery(
     assert destination.calls[0][0].headers["x-own"] == "1"
 
 
+async def test_a_propagator_that_cannot_inject_costs_neither_a_dispatch_nor_a_delivery(
+    pool: asyncpg.Pool[Any], outbox: Outbox, traces: Traces, propagator: SetPropagator
+) -> None:
+    class Raising(TextMapPropagator):
+        def extract(self, *_: Any, **__: Any) -> Context:
+            return Context()
+
+        def inject(self, *_: Any, **__: Any) -> None:
+            raise ValueError("cannot be written")
+
+        @property
+        def fields(self) -> set[str]:
+            return set()
+
+    propagator(Raising())
+    decorators = [TracingDecorator(tracer_provider=traces.provider)]
+    async with pool.acquire() as connection, connection.transaction():
+        await OutboxDispatcher(connection, outbox, decorators=decorators).dispatch(Message(1, topic="orders"))
+    destination = Destination()
+    assert await Relay(outbox, pool, traces.around(destination)).run_once() == 1
+    assert destination.calls[0][0].payload == 1
+
+
 async def test_baggage_travels_as_well_and_an_unsampled_trace_stays_one(traces: Traces) -> None:
     token = context.attach(baggage.set_baggage("tenant", "7"))
     try:
