@@ -12,7 +12,7 @@ import anyio
 
 from outbox._backoff import BackOff
 from outbox._claims import Batch, Buried, Postponed, Suspect
-from outbox._dispatcher import BEHIND, Dispatcher
+from outbox._dispatcher import BEHIND, Dispatcher, awaitable
 from outbox._errors import DestinationUnavailableError, OutboxError, PartialDispatchError, RejectedError, describe
 from outbox._message import Message
 from outbox._outbox import position_of
@@ -53,7 +53,7 @@ async def deliver(
         return failures
     try:
         with anyio.fail_after(limit.total_seconds()):
-            await destination.dispatch(*outgoing)
+            await awaitable(destination.dispatch(*outgoing), destination.dispatch)
     except PartialDispatchError as error:
         names = origin or [(message.id, position_of(message)) for message in messages]
         failed = {position: error.failures[name] for name, position in names if name in error.failures}

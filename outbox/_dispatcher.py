@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from inspect import isawaitable
 from typing import Final, Protocol, assert_never, runtime_checkable
 from uuid import UUID
 
@@ -10,7 +11,7 @@ import asyncpg
 
 from outbox._errors import DestinationUnavailableError, NotInTransactionError, OutboxError, PartialDispatchError
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox
+from outbox._outbox import Connection, Outbox, require_connection
 from outbox._queries import Ordering
 
 BEHIND: Final = "not tried, since one before it in its order failed"
@@ -37,6 +38,26 @@ class Dispatcher(Protocol):
     async def dispatch(self, *messages: Message) -> None:
         """Takes these messages, in this order; with none it does nothing."""
         ...
+
+
+def require_dispatchers(*candidates: object) -> None:
+    """Raises `TypeError` for a function, the class of a dispatcher, and whatever else has no `dispatch` to call."""
+    for one in candidates:
+        if isinstance(one, type):  # called on the class, the first message would be taken for `self`, and lost
+            raise TypeError(f"a dispatcher is an object, not its class: {one.__name__}(…)")
+        if not callable(getattr(one, "dispatch", None)):
+            raise TypeError(
+                f"a dispatcher has `async def dispatch(self, *messages)`, {type(one).__name__} has none; "
+                "HandlerDispatcher(function) makes one of a function that takes one message"
+            )
+
+
+def awaitable(answer: object, whose: object) -> Awaitable[object]:
+    """Returns what a `dispatch` or a handler answered, to be awaited; raises when it was no `async def`."""
+    if not isawaitable(answer):
+        name = getattr(whose, "__qualname__", type(whose).__qualname__)
+        raise TypeError(f"{name} must be an `async def`: it returned {type(answer).__name__}, which cannot be awaited")
+    return answer
 
 
 class OutboxDispatcher:
@@ -82,6 +103,7 @@ class OutboxDispatcher:
 
 def require_transaction(connection: Connection, message: Message | UUID, done: str, remedy: str) -> None:
     """Raises unless a transaction is open on the connection, in which the message would be written or accepted."""
+    require_connection(connection, _refused(message, done))
     try:
         closed, open_transaction = connection.is_closed(), connection.is_in_transaction()
     except asyncpg.InterfaceError as error:
@@ -104,6 +126,7 @@ class ChainDispatcher:
     """
 
     def __init__(self, *dispatchers: Dispatcher) -> None:
+        require_dispatchers(*dispatchers)
         self._dispatchers = dispatchers
 
     async def dispatch(self, *messages: Message) -> None:
@@ -123,6 +146,7 @@ class FilteringDispatcher:
     """Hands on the messages that a predicate accepts; the others count as accepted and go no further."""
 
     def __init__(self, accepts: Callable[[Message], bool], inner: Dispatcher) -> None:
+        require_dispatchers(inner)
         self._accepts = accepts
         self._inner = inner
 
@@ -135,8 +159,9 @@ class FilteringDispatcher:
 class RoutingDispatcher:
     """Hands each message to the dispatcher of its topic: the parts of a batch go their ways at the same time.
 
-    A part that fails as a whole holds back none of the others. An order is kept within each dispatcher, not from one
-    to another.
+    A part that fails as a whole holds back none of the others of its batch. One that is unavailable holds back the
+    relay, and so in the end all of them: what may be away by itself needs a table of its own (see
+    `PostgresDispatcher`). An order is kept within each dispatcher, not from one to another.
 
     Args:
         routes: A dispatcher for each topic, or pattern of topics as in `fnmatch`: `orders.*` takes all that begin with
@@ -145,6 +170,7 @@ class RoutingDispatcher:
     """
 
     def __init__(self, routes: Mapping[str, Dispatcher], *, default: Dispatcher | None = None) -> None:
+        require_dispatchers(*routes.values(), *([] if default is None else [default]))
         self._routes = tuple(routes.items())
         self._default = default
         self._known: dict[str, Dispatcher | None] = {}
@@ -184,6 +210,7 @@ class TranslatingDispatcher:
     """
 
     def __init__(self, translate: Callable[[Message], Message], inner: Dispatcher) -> None:
+        require_dispatchers(inner)
         self._translate = translate
         self._inner = inner
 
@@ -228,7 +255,7 @@ class HandlerDispatcher:
                 failures[message.id] = OutboxError(BEHIND)
                 continue
             try:
-                await self._handle(message)
+                await awaitable(self._handle(message), self._handle)
             except DestinationUnavailableError as error:
                 failures |= {untried.id: error for untried in messages[index:]}
                 break

@@ -73,10 +73,10 @@ def _of_message(event: MessageFailed | MessageDied) -> Entry:
         **_error(event.error),
     }
     if isinstance(event, MessageDied):
-        text = "%r is a dead letter after %d attempts: %r"
-        return Entry(logging.ERROR, text, (message, event.attempts, event.error), fields)
-    text = "%r failed, next try in %s: %r"
-    return Entry(logging.WARNING, text, (message, event.delay, event.error), fields | _delay(event.delay))
+        text = "%r is a dead letter after %d attempt(s): %s"
+        return Entry(logging.ERROR, text, (message, event.attempts, fields["error"]), fields)
+    text = "%r failed, next try in %s: %s"
+    return Entry(logging.WARNING, text, (message, event.delay, fields["error"]), fields | _delay(event.delay))
 
 
 def _of_the_others(event: DestinationDown | DestinationUp | DatabaseLost) -> Entry:
@@ -84,7 +84,7 @@ def _of_the_others(event: DestinationDown | DestinationUp | DatabaseLost) -> Ent
         return Entry(logging.INFO, "the destination accepts again", (), {})
     who = "the destination is unavailable" if isinstance(event, DestinationDown) else "the database is away"
     fields = {**_error(event.error), **_delay(event.delay)}
-    return Entry(logging.WARNING, f"{who}, next try in %s: %r", (event.delay, event.error), fields)
+    return Entry(logging.WARNING, f"{who}, next try in %s: %s", (event.delay, fields["error"]), fields)
 
 
 def _of_relay(event: RelayStarted | RelayStopped | RelaysDied | RelayFenced) -> Entry:

@@ -54,6 +54,13 @@ def scripts_in(*folder: str) -> tuple[str, ...]:
 _MIGRATIONS: Final = scripts_in("migrations")
 
 
+def require_connection(connection: object, refused: str) -> None:
+    """Raises `TypeError` for a pool, a session of SQLAlchemy or the like where one connection is needed."""
+    if not hasattr(connection, "is_in_transaction"):
+        remedy = "acquire one, `async with pool.acquire() as connection:`"
+        raise TypeError(f"{refused}: {type(connection).__name__} is no connection of asyncpg: {remedy}")
+
+
 @dataclass(frozen=True, slots=True)
 class Counts:
     """How many messages there are, all read in one snapshot."""
@@ -125,6 +132,7 @@ class Tables:
             OutboxError: When the database refuses, with the driver's error as its cause.
         """
         queries = self._version
+        require_connection(connection, f"{self!r} was not migrated")
         with self._surfacing("cannot migrate"):
             # The lock must come before the snapshot, which a stricter isolation would take first of all.
             isolation: Any = None if connection.is_in_transaction() else "read_committed"
@@ -174,6 +182,8 @@ END IF;
             exists = await connection.fetchval(self._version.version_exists)
             current = await connection.fetchval(self._version.current_version) if exists else 0
         self._refuse_newer(current)
+        if not current:
+            raise SchemaError(self._remedy("is not there"))
         if current < len(self._scripts):
             raise SchemaError(self._remedy(f"has version {current}, this library wants {len(self._scripts)}"))
 

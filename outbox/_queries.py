@@ -55,10 +55,15 @@ class Queries:
     """The statements for one outbox; schema and table are validated and quoted here, once.
 
     Raises:
+        TypeError: When a name is no str.
         ValueError: When a name cannot be an identifier.
     """
 
     def __init__(self, table: str, schema: str) -> None:
+        if not all(isinstance(name, str) for name in (table, schema)):
+            raise TypeError(
+                f"table and schema are names, a str each, not {type(table).__name__} and {type(schema).__name__}"
+            )
         if len(table.encode("utf-8", "replace")) > _LONGEST_TABLE:
             raise ValueError(f"the table name {table!r} is too long: at most {_LONGEST_TABLE} bytes")
         self.schema = _quoted(schema)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._claims import CommitStrategy
 from outbox._delivery import Upcast
-from outbox._dispatcher import Dispatcher
+from outbox._dispatcher import Dispatcher, require_dispatchers
 from outbox._errors import OutboxError, describe
 from outbox._events import Hook
 from outbox._health import Health, examine
@@ -68,6 +68,7 @@ class Relay:
             and a pool that leads to PostgreSQL itself or a pooler in session mode.
 
     Raises:
+        TypeError: When the destination has no `dispatch`, or a setting is of another kind.
         ValueError: When a setting is out of its range.
     """
 
@@ -95,6 +96,7 @@ class Relay:
         listen: bool = False,
     ) -> None:
         for name, number in (("batch_size", batch_size), ("concurrency", concurrency)):
+            _check_kind(name, number, int)
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, not {number!r}")
         durations = {
@@ -104,11 +106,16 @@ class Relay:
             "late_commit_wait": late_commit_wait,
         }
         for name, duration in {**durations, "poll_interval": poll_interval}.items():
+            _check_kind(name, duration, timedelta)
             if duration <= timedelta():
                 raise ValueError(f"{name} must be longer than zero, not {duration!r}")
+        _check_kind("commit", commit, CommitStrategy)  # anything else would be taken for DELETE
         if keep is not None and commit is not CommitStrategy.MARK:
             raise ValueError("keep is for marked messages: it needs commit=CommitStrategy.MARK")
         _check_order(order, on_failure)
+        _check_strategies(backoff=backoff, destination_backoff=destination_backoff)
+        _check_kind("outbox", outbox, Outbox)
+        require_dispatchers(destination)
         self._settings = Settings(
             outbox=outbox,
             pool=pool,
@@ -201,8 +208,12 @@ class Relay:
         return await examine(self._worker, max_age)
 
     def _require_connections(self) -> None:
-        wanted = 3 if self._settings.listen else 2
-        if self._settings.pool.get_max_size() < wanted:
+        pool, wanted = self._settings.pool, 3 if self._settings.listen else 2
+        if not hasattr(pool, "get_max_size"):
+            raise TypeError(f"pool must be a pool of asyncpg, not {type(pool).__name__}")
+        if not getattr(pool, "_initialized", True):  # the driver's error for it is that of a database that is away
+            raise ValueError("the pool is not open yet: `pool = await asyncpg.create_pool(…)`, or `async with` it")
+        if pool.get_max_size() < wanted:
             raise ValueError(
                 f"the relay keeps {wanted} connections: give it a pool with max_size of at least {wanted}, "
                 "and more when others, the destination for one, use the same pool"
@@ -211,6 +222,18 @@ class Relay:
 
 def _nothing() -> None:
     """Hears that the relay is ready, when nobody waits for it."""
+
+
+# Types are told and not values: what was given in the wrong place may be a connection string with its password.
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be of the type {kind.__name__}, not {type(value).__name__}")
+
+
+def _check_strategies(**strategies: object) -> None:
+    for name, strategy in strategies.items():
+        if strategy is not None and not callable(strategy):
+            raise TypeError(f"{name} must be a strategy such as LinearBackOff(), not {type(strategy).__name__}")
 
 
 def _check_order(order: Ordering, on_failure: OnFailure) -> None:

@@ -27,6 +27,7 @@ from outbox import (
     OutboxError,
     PartialDispatchError,
     RejectedError,
+    RoutingDispatcher,
     SchemaError,
     TranslatingDispatcher,
 )
@@ -119,6 +120,12 @@ async def test_without_a_transaction_nothing_is_written_and_the_error_says_what_
     assert str(message.id) in str(caught.value)
     assert "async with connection.transaction():" in str(caught.value)
     assert await payloads(connection, outbox) == []
+
+
+async def test_a_pool_is_no_connection_and_the_error_says_what_to_do(pool: Any, outbox: Outbox) -> None:
+    message = a_message()
+    with pytest.raises(TypeError, match=rf"{message.id} was not written: Pool is no connection .*pool\.acquire"):
+        await OutboxDispatcher(pool, outbox).dispatch(message)
 
 
 async def test_after_the_transaction_has_ended_the_dispatcher_refuses(connection: Connection, outbox: Outbox) -> None:
@@ -389,6 +396,22 @@ async def test_dispatching_nothing_is_no_error_anywhere(make: Callable[[Dispatch
     assert inner.messages == []
 
 
+@pytest.mark.parametrize("wrong", [Collecting, print, None], ids=["class", "function", "nothing"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda inner: ChainDispatcher(Collecting(), inner),
+        lambda inner: FilteringDispatcher(bool, inner),
+        lambda inner: TranslatingDispatcher(lambda message: message, inner),
+        lambda inner: RoutingDispatcher({"orders": inner}),
+    ],
+    ids=["chain", "filter", "translation", "routes"],
+)
+def test_what_is_no_dispatcher_is_refused_at_once(make: Callable[[Any], Dispatcher], wrong: Any) -> None:
+    with pytest.raises(TypeError, match="a dispatcher "):
+        make(wrong)
+
+
 async def test_a_chain_hands_every_message_to_each_in_their_order() -> None:
     order: list[str] = []
 
@@ -525,6 +548,16 @@ async def test_a_message_whose_handling_fails_does_not_stop_the_others() -> None
         await HandlerDispatcher(handler).dispatch(*messages)
     assert handler.handled == [0, 1, 2, 3, 4]
     assert caught.value.failures == {messages[1].id: errors[1], messages[3].id: errors[3]}
+
+
+async def test_a_handler_that_is_not_asynchronous_fails_and_says_so() -> None:
+    def handle(message: Message) -> None:
+        """Takes it at once."""
+
+    with pytest.raises(PartialDispatchError) as caught:
+        await HandlerDispatcher(handle).dispatch(a_message())  # type: ignore[arg-type]  # the mistake to be told
+    (error,) = caught.value.failures.values()
+    assert "handle must be an `async def`: it returned NoneType, which cannot be awaited" in str(error)
 
 
 async def test_a_destination_that_is_unavailable_stops_the_handler_and_is_the_error_of_all_that_are_left() -> None:

@@ -726,6 +726,52 @@ def test_settings_out_of_their_range_are_refused(settings: Any, complaint: str) 
         Relay(Outbox(), None, Destination(), **settings)  # type: ignore[arg-type]  # no pool is needed to refuse
 
 
+class NotAwaitable:
+    """A destination whose author forgot the `async`."""
+
+    def dispatch(self, *messages: Message) -> None:
+        """Takes them at once."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"batch_size": "10"}, "batch_size must be of the type int, not str"),
+        ({"lease": 10}, "lease must be of the type timedelta, not int"),
+        ({"commit": "mark"}, "commit must be of the type CommitStrategy, not str"),
+        ({"backoff": timedelta(seconds=1)}, "backoff must be a strategy such as LinearBackOff"),
+        ({"destination": Destination}, r"a dispatcher is an object, not its class: Destination\(…\)"),
+        ({"destination": print}, r"builtin_function_or_method has none; HandlerDispatcher\(function\)"),
+        ({"outbox": None}, "outbox must be of the type Outbox, not NoneType"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(settings: Any, complaint: str) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        Relay(**{"outbox": Outbox(), "pool": None, "destination": Destination(), **settings})
+
+
+async def test_a_destination_that_is_not_asynchronous_fails_and_says_so(
+    pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    await write(pool, outbox, "a")
+    events = Events()
+    relay = Relay(outbox, pool, NotAwaitable(), hooks=[events])  # type: ignore[arg-type]  # the mistake to be told
+    assert await relay.run_once() == 0
+    (failed,) = events.of(MessageFailed)
+    assert str(failed.error).startswith("NotAwaitable.dispatch must be an `async def`: it returned NoneType, ")
+
+
+async def test_a_pool_that_nobody_has_opened_is_refused(dsn: str, outbox: Outbox) -> None:
+    with pytest.raises(ValueError, match="the pool is not open yet: `pool = await asyncpg"):
+        await Relay(outbox, asyncpg.create_pool(dsn), Destination()).run()
+
+
+async def test_a_connection_is_no_pool(connection: asyncpg.Connection[Any], outbox: Outbox) -> None:
+    relay = Relay(outbox, connection, Destination())  # type: ignore[arg-type]  # the mistake to be told
+    with pytest.raises(TypeError, match="pool must be a pool of asyncpg, not Connection"):
+        await relay.run()
+
+
 async def test_a_pool_that_is_too_small_is_refused(dsn: str, outbox: Outbox) -> None:
     async with asyncpg.create_pool(dsn, min_size=0, max_size=1) as pool:
         with pytest.raises(ValueError, match="max_size of at least 2"):

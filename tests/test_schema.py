@@ -130,6 +130,17 @@ async def test_the_hot_table_has_no_index_but_its_key_and_no_trigger(connection:
     assert found["others"] == []
 
 
+async def test_migrating_on_a_pool_is_refused_and_the_error_says_what_to_do(pool: Any, outbox: Outbox) -> None:
+    with pytest.raises(TypeError, match=r"was not migrated: Pool is no connection of asyncpg: .*pool\.acquire"):
+        await outbox.migrate(pool)
+
+
+@pytest.mark.parametrize("names", [{"table": object()}, {"schema": None}])
+def test_a_name_that_is_no_text_is_refused(names: Any) -> None:
+    with pytest.raises(TypeError, match="table and schema are names, a str each, not"):
+        Outbox(**names)
+
+
 async def test_migrating_a_second_time_changes_nothing(connection: Connection, outbox: Outbox) -> None:
     await outbox.persist(connection, Message(1, topic="t"))
     before = await catalog(connection, outbox.schema)
@@ -305,7 +316,7 @@ async def test_an_outbox_that_was_migrated_is_in_order(connection: Connection, o
 async def test_an_outbox_that_was_never_migrated_is_refused_with_the_remedy(outbox: Outbox, empty: Connection) -> None:
     with pytest.raises(SchemaError) as caught:
         await outbox.check(empty)
-    assert str(caught.value).startswith(f"the schema of {outbox!r} ")
+    assert str(caught.value).startswith(f"the schema of {outbox!r} is not there")
     assert str(caught.value).endswith(": run outbox.migrate(connection), or apply outbox.schema_sql()")
 
 
@@ -333,7 +344,7 @@ async def test_a_newer_outbox_is_refused_with_the_remedy(verb: str, connection: 
     assert await versions(connection, outbox) == [NEWER]
 
 
-@pytest.mark.parametrize("version", [0, NEWER], ids=["older", "newer"])
+@pytest.mark.parametrize("version", [1, NEWER], ids=["older", "newer"])
 @pytest.mark.parametrize("verb", ["run", "run_once"])
 async def test_a_relay_refuses_an_outbox_of_another_version(
     verb: str, version: int, connection: Connection, pool: asyncpg.Pool[Any], outbox: Outbox

@@ -65,7 +65,8 @@ class Database(Table):
 
     async def _connect(self) -> asyncpg.Connection:
         self.outbox  # noqa: B018 -- a name that cannot be is told before anybody is asked to connect
-        with surfacing("cannot connect"):
+        refused = "cannot connect" if self.dsn else _UNTOLD
+        with surfacing(refused):
             try:
                 # No prepared statements: it may be a pooler in transaction mode.
                 return await asyncpg.connect(
@@ -78,9 +79,10 @@ class Database(Table):
                 # Not in the driver's words: a connection string cut in the wrong place may show its password.
                 raise Failure(_MALFORMED) from error
             except TimeoutError as error:
-                raise Failure(f"cannot connect: no answer within {_CONNECT_SECONDS:g} s", AWAY) from error
+                raise Failure(f"{refused}: no answer within {_CONNECT_SECONDS:g} s", AWAY) from error
 
 
+_UNTOLD: Final = "cannot connect (there is no --dsn and no OUTBOX_DSN, so libpq's variables and defaults count)"
 _MALFORMED: Final = (
     "cannot read the connection settings: --dsn or OUTBOX_DSN is postgresql://user@host:port/database, where a "
     "password has its special characters percent-encoded; what it leaves out comes from PGHOST, PGPORT …"

@@ -520,6 +520,16 @@ async def test_a_server_that_is_down_is_one_line_and_status_3(run: Run, command:
     assert "s3cret" not in answer.err
 
 
+async def test_who_did_not_say_which_database_is_told_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUTBOX_DSN")
+    monkeypatch.setenv("PGHOST", "127.0.0.1")
+    monkeypatch.setenv("PGPORT", str(free_port()))
+    answer = await run("status")
+    assert answer.status == 3
+    assert is_one_line(answer)
+    assert "there is no --dsn and no OUTBOX_DSN" in answer.err
+
+
 @pytest.mark.parametrize("command", [one for one in NEED_DATABASE if one[0] not in {"migrate", "bench"}], ids=" ".join)
 async def test_tables_that_are_missing_are_one_line_with_the_remedy(run: Run, command: list[str]) -> None:
     answer = await run(*command, "--schema", "nowhere")
@@ -629,6 +639,17 @@ async def test_a_closed_pipe_ends_it_in_silence() -> None:
         assert await one.wait() == 141
         assert one.stderr is not None
         assert await one.stderr.read() == b""
+
+
+@pytest.mark.parametrize("arguments", ["schema", "--help", "status --json"])
+@pytest.mark.usefixtures("here")
+async def test_an_output_that_is_closed_from_the_start_is_printed_on_all_the_same(arguments: str) -> None:
+    command = f"{sys.executable} -P -m outbox {arguments} >&-"
+    one = await asyncio.create_subprocess_shell(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=PIPE
+    )
+    _, errors = await one.communicate()
+    assert (one.returncode, errors) == (0, b"")
 
 
 async def test_ctrl_c_ends_it_without_a_traceback() -> None:
