@@ -41,6 +41,8 @@ class Competing:
         self._claimed: list[Batch] = []
         self._outcomes = Settlement(membership.owner)
         self._unsettled: list[Settlement] = []
+        self._put_back = 0
+        """Batches in a row, since the destination has accepted anything."""
         self._in_doubt = False
         self._next_start = self._next_sweep = self._next_due = self._next_floor = 0.0
 
@@ -138,11 +140,23 @@ class Competing:
 
     def delivered(self, batch: Batch, messages: Sequence[Message]) -> None:
         """Notes what the destination accepted."""
+        self._put_back = 0
         self._outcomes_of(batch).delivers(batch, messages)
 
     def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None:
         """Notes what failed."""
         self._outcomes_of(batch).fails(batch, outcomes)
+
+    def put_back(self, batch: Batch) -> bool:
+        """Has a batch go out again behind all others in hand, which the destination may accept.
+
+        False when it has accepted none of them, and there is no room to claim others: then this one must make room.
+        """
+        self._put_back += 1
+        if self.is_half_full and self._put_back > len(self._ready):
+            return False
+        self._ready.append(batch)
+        return True
 
     def done(self, batch: Batch, left: Sequence[Message]) -> None:
         """Takes a batch back; what is left is due at once for any relay, no attempt spent, since none was answered."""

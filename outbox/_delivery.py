@@ -107,12 +107,19 @@ def every(kind: type[BaseException], error: BaseException) -> bool:
 
 
 def is_unavailable(failure: Failure) -> bool:
-    """Says whether the destination was down: no attempt is spent then."""
+    """Says whether the destination was away: no attempt is spent then."""
     return every(DestinationUnavailableError, failure.error)
 
 
+def wait(batch: Batch, message: Message, delay: timedelta, error: BaseException) -> Postponed:
+    """Has a message wait for which the destination was away: no attempt is spent, and a suspect stays one."""
+    # The attempt of a crash's suspect was counted when it was claimed.
+    attempts = message.attempts - (batch.suspect is Suspect.CRASH)
+    return Postponed(position_of(message), min(delay, _LONGEST), attempts, batch.suspect, describe(error))
+
+
 def decide(batch: Batch, message: Message, failure: Failure, backoff: BackOff) -> Postponed | Buried:
-    """Decides what becomes of a message that failed, other than by a destination that is down.
+    """Decides what becomes of a message that failed, other than by a destination that is away.
 
     Nobody dies of a failure that was shared: the first time all of the batch are tried again together, after
     that, or when there is no more time to give, each is tried alone.

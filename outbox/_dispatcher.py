@@ -159,8 +159,8 @@ class FilteringDispatcher:
 class RoutingDispatcher:
     """Hands each message to the dispatcher of its topic: the parts of a batch go their ways at the same time.
 
-    A part that fails as a whole holds back none of the others of its batch. One that is unavailable holds back the
-    relay, and so in the end all of them: what may be away by itself needs a table of its own (see
+    A part that fails as a whole, or is unavailable, holds back none of the others, neither in its batch nor later. But
+    each waits for the slowest of its batch: one that may be slow by itself needs a table of its own (see
     `PostgresDispatcher`). An order is kept within each dispatcher, not from one to another.
 
     Args:

@@ -59,6 +59,18 @@ class DestinationDown:
 
 
 @dataclass(frozen=True, slots=True)
+class DestinationPartlyDown:
+    """The destination was unavailable for these, while it takes others: they wait by themselves, and spend no attempt.
+
+    A topic or a queue is away, or one of several brokers. What was refused is tried again after the delay.
+    """
+
+    messages: tuple[Message, ...]
+    error: BaseException
+    delay: timedelta
+
+
+@dataclass(frozen=True, slots=True)
 class DestinationUp:
     """The destination accepts again."""
 
@@ -124,6 +136,7 @@ Event = (
     | MessageFailed
     | MessageDied
     | DestinationDown
+    | DestinationPartlyDown
     | DestinationUp
     | DatabaseLost
     | RelaysDied

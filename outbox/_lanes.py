@@ -115,6 +115,16 @@ class Lanes:
             else:
                 queue.append(message)
 
+    def put_back(self, messages: Sequence[Message]) -> None:
+        """Queues messages that were out for delivery, each lane's before what is queued of it.
+
+        Those without a lane come last: none of them has a place to keep.
+        """
+        for message in reversed(messages):
+            if message._lane is not None:
+                self._queues.setdefault(message._lane, []).insert(0, message)  # its lane is busy until the end
+        self.queue([message for message in messages if message._lane is None])
+
     def is_alone(self, message: Message) -> bool:
         """Says whether a message is delivered in a batch of its own."""
         return position_of(message) in self._alone

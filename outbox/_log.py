@@ -9,6 +9,7 @@ from outbox._events import (
     BatchDelivered,
     DatabaseLost,
     DestinationDown,
+    DestinationPartlyDown,
     DestinationUp,
     Event,
     MessageDied,
@@ -52,7 +53,7 @@ def entry_of(event: Event) -> Entry | None:
             return None
         case MessageFailed() | MessageDied():
             return _of_message(event)
-        case DestinationDown() | DestinationUp() | DatabaseLost():
+        case DestinationDown() | DestinationPartlyDown() | DestinationUp() | DatabaseLost():
             return _of_the_others(event)
         case SlotsOwned() | WriterLate() | RelayStandsBy() | RelayAtWork():
             return _of_order(event)
@@ -79,11 +80,16 @@ def _of_message(event: MessageFailed | MessageDied) -> Entry:
     return Entry(logging.WARNING, text, (message, event.delay, fields["error"]), fields | _delay(event.delay))
 
 
-def _of_the_others(event: DestinationDown | DestinationUp | DatabaseLost) -> Entry:
+def _of_the_others(event: DestinationDown | DestinationPartlyDown | DestinationUp | DatabaseLost) -> Entry:
     if isinstance(event, DestinationUp):
         return Entry(logging.INFO, "the destination accepts again", (), {})
-    who = "the destination is unavailable" if isinstance(event, DestinationDown) else "the database is away"
     fields = {**_error(event.error), **_delay(event.delay)}
+    if isinstance(event, DestinationPartlyDown):
+        count, topics = len(event.messages), sorted({message.topic for message in event.messages})
+        text = "the destination is unavailable for %d message(s) of %s, while it takes others, next try in %s: %s"
+        arguments = count, ", ".join(map(repr, topics)), event.delay, fields["error"]
+        return Entry(logging.WARNING, text, arguments, fields | {"messages": count, "topics": topics})
+    who = "the destination is unavailable" if isinstance(event, DestinationDown) else "the database is away"
     return Entry(logging.WARNING, f"{who}, next try in %s: %s", (event.delay, fields["error"]), fields)
 
 

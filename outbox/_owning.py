@@ -193,10 +193,14 @@ class Owning:
             going = {position_of(one) for one in messages if self._slots.of(one) in self._slots.leaving}
             if going:
                 self._lanes.queue([one for one in self._lanes.pull(lane) if position_of(one) not in going])
-                self._outcomes.finished_claims += self._lanes.answer(going)  # by nobody: its next owner reads it again
-                self._lanes.release(going)
-                if self._crash_suspect in going:
-                    self._crash_suspect = None
+                self._let_go(going)
+
+    def _let_go(self, positions: set[int]) -> None:
+        """Has nobody answer for these: the next owner of their slots reads them again."""
+        self._outcomes.finished_claims += self._lanes.answer(positions)
+        self._lanes.release(positions)
+        if self._crash_suspect in positions:
+            self._crash_suspect = None
 
     async def _release(self, connection: Connection, owner: UUID) -> bool:
         released = self._slots.leaving - set(map(self._slots.of, self._lanes.held.values()))
@@ -610,6 +614,14 @@ class Owning:
         else:
             outcomes.buried.append(outcome)
         outcomes.finished_claims += self._lanes.answer([outcome.position])
+
+    def put_back(self, batch: Batch) -> bool:
+        """Has a batch go out again, each message as the first of its lane, behind all other lanes in hand."""
+        if self.is_mine(batch):
+            going = {position_of(one) for one in batch.messages if self._slots.of(one) in self._slots.leaving}
+            self._lanes.put_back([one for one in batch.messages if position_of(one) not in going])
+            self._let_go(going)
+        return True
 
     def done(self, batch: Batch, left: Sequence[Message]) -> None:
         """Takes a batch back. If any is left the relay is stopping, and nothing of its lanes goes out any more."""

@@ -3,25 +3,26 @@
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import anyio
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
-from outbox._breaker import Breaker
+from outbox._breaker import Breaker, Refusal
 from outbox._claims import Batch, Buried, CommitStrategy, Postponed, Settlement, Suspect
 from outbox._competing import Competing
-from outbox._delivery import CRASH, Failure, Upcast, decide, decide_crashed, deliver, is_unavailable
+from outbox._delivery import CRASH, Failure, Upcast, decide, decide_crashed, deliver, is_unavailable, wait
 from outbox._dispatcher import Dispatcher
 from outbox._errors import OutboxError
 from outbox._events import (
     BatchDelivered,
     DatabaseLost,
     DestinationDown,
+    DestinationPartlyDown,
     DestinationUp,
     Event,
     Hook,
@@ -107,6 +108,7 @@ class Hands(Protocol):
     def is_mine(self, batch: Batch) -> bool: ...
     def delivered(self, batch: Batch, messages: Sequence[Message]) -> None: ...
     def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None: ...
+    def put_back(self, batch: Batch) -> bool: ...
     def done(self, batch: Batch, left: Sequence[Message]) -> None: ...
     def to_settle(self) -> Settlement | None: ...
     async def settle(self, connection: Connection, settlement: Settlement) -> None: ...
@@ -114,6 +116,16 @@ class Hands(Protocol):
     async def oldest(self, connection: Connection) -> timedelta | None: ...
     async def renew(self, connection: Connection) -> bool: ...
     async def leave(self, connection: Connection) -> None: ...
+
+
+class _Refused(NamedTuple):
+    """For what the destination was away."""
+
+    messages: Sequence[Message]
+    behind: Collection[int]
+    """Lanes in which one before them failed otherwise."""
+    error: BaseException
+    refusal: Refusal
 
 
 class Worker:
@@ -225,7 +237,8 @@ class Worker:
                 while batch := self._hands.take():
                     left: Sequence[Message] = batch.messages
                     if await self._may_dispatch(batch):
-                        left = await self._attempt(batch, left)
+                        refused = await self._attempt(batch)
+                        left = refused.messages if refused else ()
                     self._take_back(batch, left)
                 life.cancel_scope.cancel()
             await self._settle()
@@ -358,8 +371,11 @@ class Worker:
                 continue
             left: Sequence[Message] = batch.messages
             try:
-                while left and await self._may_dispatch(batch):
-                    left = await self._attempt(batch, left)
+                if await self._may_dispatch(batch):
+                    refused = await self._attempt(batch)
+                    left = ()
+                    if refused:
+                        self._hold_back(batch, refused)
                     # A destination that answers without ever waiting must not keep the loop to itself.
                     await asyncio.sleep(0)
             finally:
@@ -380,13 +396,13 @@ class Worker:
                 self._breaker.released()
         return False
 
-    async def _attempt(self, batch: Batch, messages: Sequence[Message]) -> Sequence[Message]:
-        """Dispatches once, notes what became of the messages, and returns those to be tried again by this relay."""
-        settings, started = self._settings, monotonic()
+    async def _attempt(self, batch: Batch) -> _Refused | None:
+        """Dispatches once, notes what became of the messages, and returns those for which the destination was away."""
+        settings, messages, started = self._settings, batch.messages, monotonic()
         if batch.suspect is Suspect.CRASH and (buried := decide_crashed(messages[0], settings.backoff)):
             self._breaker.released()
             self._note_failures(batch, [(messages[0], OutboxError(CRASH), buried)])
-            return ()
+            return None
         try:
             self._calls.append(started)
             failures = await deliver(
@@ -407,34 +423,64 @@ class Worker:
             self._hands.delivered(batch, accepted)
             if settings.hooks:
                 self._tell(BatchDelivered(tuple(accepted), monotonic() - started))
-        unavailable = self._sort_failures(batch, messages, failures) if failures else []
-        if unavailable:
-            error = failures[position_of(unavailable[0])].error
-            self._tell(DestinationDown(error, self._breaker.failed(error)))
-        elif self._breaker.succeeded():
+        unavailable, behind = self._sort_failures(batch, failures) if failures else ((), ())
+        if (accepted or not unavailable) and self._breaker.accepted():
             self._tell(DestinationUp())
         self._news.set()
-        return unavailable
+        return self._refused(unavailable, behind, failures, in_part=bool(accepted)) if unavailable else None
 
     def _sort_failures(
-        self, batch: Batch, messages: Sequence[Message], failures: Mapping[int, Failure]
-    ) -> list[Message]:
-        """Notes what became of those that failed, and returns those for which the destination was just down."""
+        self, batch: Batch, failures: Mapping[int, Failure]
+    ) -> tuple[Sequence[Message], Collection[int]]:
+        """Notes what became of those that failed.
+
+        Returns those for which the destination was just away, and the lanes in which one failed before them.
+        """
         unavailable = []
         outcomes = []
         waiting: set[int | None] = set()
-        for message in messages:
+        for message in batch.messages:
             failure = failures.get(position_of(message))
             if failure is None:
                 continue
-            # What failed behind one that is tried again here is tried again here as well.
+            # What failed behind one that spends no attempt spends none as well.
             if is_unavailable(failure) or message._lane in waiting:
                 unavailable.append(message)
                 waiting |= {message._lane} - {None}
             else:
                 outcomes.append((message, failure.error, decide(batch, message, failure, self._settings.backoff)))
         self._note_failures(batch, outcomes)
-        return unavailable
+        return unavailable, {message._lane for message, _, _ in outcomes if message._lane is not None}
+
+    def _refused(
+        self,
+        messages: Sequence[Message],
+        behind: Collection[int],
+        failures: Mapping[int, Failure],
+        *,
+        in_part: bool,
+    ) -> _Refused:
+        error = failures[position_of(messages[0])].error
+        refusal = self._breaker.refused(error, in_part=in_part)
+        if refusal.for_all:
+            self._tell(DestinationDown(error, refusal.delay))
+        else:
+            self._tell(DestinationPartlyDown(tuple(messages), error, refusal.delay))
+        return _Refused(messages, behind, error, refusal)
+
+    def _hold_back(self, batch: Batch, refused: _Refused) -> None:
+        """Has those wait for which the destination was away: no attempt is spent.
+
+        In hand if it was away for all, and others are tried first; in the table if it takes others meanwhile. So wait
+        those, too, that have to stay behind one that failed in the same call.
+        """
+        for_all, delay = refused.refusal
+        in_hand = [one for one in refused.messages if for_all and one._lane not in refused.behind]
+        if in_hand and self._hands.put_back(batch._replace(messages=in_hand)):
+            in_the_table = [one for one in refused.messages if one._lane in refused.behind]
+        else:
+            in_the_table = list(refused.messages)
+        self._hands.failed(batch, [wait(batch, one, delay, refused.error) for one in in_the_table])
 
     def _note_failures(
         self, batch: Batch, outcomes: Sequence[tuple[Message, BaseException, Postponed | Buried]]

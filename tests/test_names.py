@@ -17,6 +17,7 @@ NAMES = [
     "DatabaseLost",
     "DeadLetter",
     "DestinationDown",
+    "DestinationPartlyDown",
     "DestinationUnavailableError",
     "DestinationUp",
     "DispatchError",

@@ -272,17 +272,17 @@ async def test_a_rejected_message_dies_at_once_and_a_rejected_batch_is_tried_one
 async def test_an_unavailable_destination_spends_no_attempts_and_is_waited_for(
     pool: asyncpg.Pool[Any], outbox: Outbox
 ) -> None:
-    await write(pool, outbox, *range(300))
+    await write(pool, outbox, *range(90))
     down = [True]
     destination, events = Destination(lambda _: _raise(DestinationUnavailableError("away")) if down else None), Events()
     settings = {"hooks": [events], "destination_backoff": NoWaiting(), "batch_size": 10, "backoff": FailImmediately()}
     async with running(outbox, pool, destination, **settings):
         await destination.until(lambda it: len(it.calls) > 20)
-        assert await counts(pool, outbox) == (0, 300, 0, 0)
+        assert await counts(pool, outbox) == (0, 90, 0, 0)
         down.clear()
         await events.next(DestinationUp)
-        await destination.has_accepted(300)
-    assert sorted(destination.accepted) == list(range(300))
+        await destination.has_accepted(90)
+    assert sorted(destination.accepted) == list(range(90))
     assert all(message.attempts == 0 for call in destination.calls for message in call)
     assert events.of(DestinationDown)
 

@@ -16,6 +16,7 @@ from outbox._events import (
     BatchDelivered,
     DatabaseLost,
     DestinationDown,
+    DestinationPartlyDown,
     DestinationUp,
     Event,
     MessageDied,
@@ -78,6 +79,14 @@ FAILED: Final = Metric(
     "outbox.messages.failed",
     "{message}",
     "Deliveries of a message that failed and are tried again.",
+    by_topic=True,
+)
+UNAVAILABLE: Final = Metric(
+    "counter",
+    "outbox_unavailable_total",
+    "outbox.messages.unavailable",
+    "{message}",
+    "Deliveries of a message for which the destination was unavailable while it took others.",
     by_topic=True,
 )
 DIED: Final = Metric(
@@ -197,6 +206,7 @@ COUNTED: Final = Metric(
 METRICS: Final = (
     DELIVERED,
     FAILED,
+    UNAVAILABLE,
     DIED,
     BATCH_SECONDS,
     BATCH_MESSAGES,
@@ -261,8 +271,8 @@ class Metrics(ABC):
                 self._add(FAILED, 1, self._topic(message))
             case MessageDied(message):
                 self._add(DIED, 1, self._topic(message))
-            case DestinationDown() | DestinationUp():
-                self._be(DESTINATION_DOWN, int(isinstance(event, DestinationDown)))
+            case DestinationDown() | DestinationUp() | DestinationPartlyDown():
+                self._answered(event)
             case SlotsOwned(slots):
                 self._be(SLOTS, slots)
             case DatabaseLost() | RelaysDied() | RelayFenced() | WriterLate():
@@ -271,6 +281,13 @@ class Metrics(ABC):
                 self._turn(event)
             case _:
                 assert_never(event)
+
+    def _answered(self, event: DestinationDown | DestinationUp | DestinationPartlyDown) -> None:
+        if isinstance(event, DestinationPartlyDown):
+            for topic, count in Counter(map(self._topic, event.messages)).items():
+                self._add(UNAVAILABLE, count, topic)
+        else:
+            self._be(DESTINATION_DOWN, int(isinstance(event, DestinationDown)))
 
     def _delivered(self, messages: tuple[Message, ...], seconds: float) -> None:
         self._observe(BATCH_SECONDS, [seconds])

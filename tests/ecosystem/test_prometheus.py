@@ -38,7 +38,7 @@ from outbox import (
 from outbox.instrumentation._metrics import METRICS
 from outbox.instrumentation.prometheus import PrometheusMetrics
 from tests.conftest import StartServer
-from tests.test_relay import Destination, Events, fails, running, write
+from tests.test_relay import Destination, Events, fails, refuses, running, write
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -121,6 +121,19 @@ async def test_the_breaker_is_seen_going_down_and_up(pool: asyncpg.Pool[Any], ou
         down.clear()
         await events.next(DestinationUp)
         assert scrape("outbox_destination_down") == 0
+
+
+async def test_what_is_refused_by_a_part_that_is_away_is_counted_and_the_destination_is_not_down(
+    pool: asyncpg.Pool[Any], outbox: Outbox, scrape: Scrape
+) -> None:
+    metrics = PrometheusMetrics(outbox, registry=scrape.registry, topics=True)
+    away = refuses(1, 2, error=DestinationUnavailableError("away"))
+    await write(pool, outbox, 1, 2, 3)
+    destination, settings = Destination(away), {"hooks": [metrics], "destination_backoff": _hour}
+    async with running(outbox, pool, destination, **settings), asyncio.timeout(10):
+        await destination.has_accepted(1)
+    assert scrape("outbox_unavailable_total", topic="t") == 2
+    assert scrape("outbox_destination_down") == scrape("outbox_failed_total") == 0
 
 
 async def test_failures_and_a_dead_letter_are_counted_by_topic_if_asked_for(
@@ -308,6 +321,10 @@ async def test_what_is_in_the_tables_is_counted_again_and_again(
         await scrape.until("outbox_dead_letters", 1)
         assert scrape("outbox_messages_pending") == 1
         counting.cancel()
+
+
+def _hour(*_: object) -> timedelta:
+    return timedelta(hours=1)
 
 
 def _fails(_: Sequence[Message]) -> None:

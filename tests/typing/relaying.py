@@ -15,6 +15,7 @@ from outbox import (
     CommitStrategy,
     DatabaseLost,
     DestinationDown,
+    DestinationPartlyDown,
     DestinationUp,
     Dispatcher,
     Event,
@@ -111,6 +112,9 @@ def told(event: Event) -> None:  # noqa: C901, PLR0915 -- one case for each
             assert_type(attempts, int)
         case DestinationDown(error=error, delay=delay) | DatabaseLost(error=error, delay=delay):
             assert_type(error, BaseException)
+            assert_type(delay, timedelta)
+        case DestinationPartlyDown(messages=messages, error=error, delay=delay):
+            assert_type(messages, tuple[Message, ...])
             assert_type(delay, timedelta)
         case RelaysDied(relays=relays, messages=count):
             assert_type(relays, int)
