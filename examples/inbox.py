@@ -89,7 +89,7 @@ async def broker() -> AsyncIterator[str]:
                 with suppress(OSError):
                     (await asyncio.open_connection("127.0.0.1", port))[1].close()
                     break
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.01)  # a port that opens has no event
             yield f"nats://127.0.0.1:{port}"
         finally:
             process.kill()

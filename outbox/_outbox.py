@@ -222,6 +222,7 @@ class Outbox(Tables):
         clock: Gives the time of recording, aware; None leaves it to the database's clock.
 
     Raises:
+        TypeError: When the codec is a class.
         ValueError: When a name cannot be an identifier.
     """
 
@@ -233,6 +234,8 @@ class Outbox(Tables):
         codec: Codec | None = None,
         clock: Callable[[], datetime] | None = None,
     ) -> None:
+        if isinstance(codec, type):  # called on the class, every payload would be taken for `self`
+            raise TypeError(f"codec must be an object, not its class: {codec.__name__}(…)")
         self._queries = Queries(table, schema)
         super().__init__(table, schema, self._queries, self._queries.names, _MIGRATIONS)
         self.codec: Codec = JsonCodec() if codec is None else codec

@@ -116,6 +116,7 @@ class Relay:
         _check_strategies(backoff=backoff, destination_backoff=destination_backoff)
         _check_kind("outbox", outbox, Outbox)
         require_dispatchers(destination)
+        hooks = _several(hooks)
         self._settings = Settings(
             outbox=outbox,
             pool=pool,
@@ -127,7 +128,7 @@ class Relay:
             backoff=ExponentialBackOff() if backoff is None else backoff,
             destination_backoff=destination_backoff,
             upcast=upcast,
-            hooks=tuple(hooks),
+            hooks=hooks,
             poll_interval=poll_interval,
             listen=listen,
             order=order,
@@ -234,6 +235,16 @@ def _check_strategies(**strategies: object) -> None:
     for name, strategy in strategies.items():
         if strategy is not None and not callable(strategy):
             raise TypeError(f"{name} must be a strategy such as LinearBackOff(), not {type(strategy).__name__}")
+
+
+def _several(hooks: Iterable[Hook]) -> tuple[Hook, ...]:
+    """Returns the hooks; raises for one that was given by itself, and for what cannot be called."""
+    if not isinstance(hooks, Iterable):
+        raise TypeError(f"hooks must be several, such as [hook], not {type(hooks).__name__}")
+    for hook in (several := tuple(hooks)):
+        if not callable(hook):
+            raise TypeError(f"hooks must be functions that take an event, not {type(hook).__name__}")
+    return several
 
 
 def _check_order(order: Ordering, on_failure: OnFailure) -> None:

@@ -146,7 +146,7 @@ async def test_a_probe_that_comes_too_late_keeps_no_connection(dsn: str, outbox:
             session = inside(relay, "_searching")
             async with inside(relay, "_searching", "_lock"):  # as if a claim took all the time until the end
                 probe = asyncio.create_task(relay.health())
-                await asyncio.sleep(0)
+                await asyncio.sleep(0)  # one turn of the loop: it waits for the lock
                 await relay.stop()
         assert await probe == NOT_RUNNING
         assert not session.is_connected
@@ -349,7 +349,7 @@ async def test_a_pool_that_others_have_emptied_is_named_as_the_reason(dsn: str, 
         one, other = await pool.acquire(), await pool.acquire()
         relay = Relay(outbox, pool, Destination())
         run = asyncio.create_task(relay.run())
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # one turn of the loop: it has begun, and is not ready before it has a connection
         health = await relay.health()
         assert health.alive
         assert health.problems == (

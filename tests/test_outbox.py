@@ -625,6 +625,11 @@ def test_a_name_that_no_table_can_have_is_refused_at_once(argument: str, name: s
     str(caught.value).encode()
 
 
+def test_the_class_of_a_codec_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"codec must be an object, not its class: JsonCodec\(…\)"):
+        Outbox(codec=JsonCodec)  # type: ignore[arg-type]  # the mistake to be told
+
+
 # --- several outboxes -----------------------------------------------------------------------------------
 
 

@@ -743,6 +743,9 @@ class NotAwaitable:
         ({"destination": Destination}, r"a dispatcher is an object, not its class: Destination\(…\)"),
         ({"destination": print}, r"builtin_function_or_method has none; HandlerDispatcher\(function\)"),
         ({"outbox": None}, "outbox must be of the type Outbox, not NoneType"),
+        ({"hooks": print}, r"hooks must be several, such as \[hook\], not builtin_function_or_method"),
+        ({"hooks": "print"}, "hooks must be functions that take an event, not str"),
+        ({"hooks": [print, None]}, "hooks must be functions that take an event, not NoneType"),
     ],
 )
 def test_settings_of_another_kind_are_refused(settings: Any, complaint: str) -> None:

@@ -59,7 +59,7 @@ class Parent:
     async def dispatch(self, *messages: Message) -> None:
         """Sends the ids of a batch in one write, so that a kill cannot leave half of it, and awaits a confirmation."""
         os.write(sys.stdout.fileno(), b"".join(f"{message.id}\n".encode() for message in messages))
-        await anyio.sleep(CONFIRMING)
+        await anyio.sleep(CONFIRMING)  # as long as a broker would take
 
 
 async def relay_to_parent(dsn: str) -> None:
@@ -206,7 +206,7 @@ async def serve(pool: asyncpg.Pool, ledger: Ledger, seconds: float) -> None:
     async def customer(dice: random.Random) -> None:
         while monotonic() < closing:
             await place_order(pool, ledger, dice)
-            await asyncio.sleep(dice.expovariate(1 / THINKING))
+            await asyncio.sleep(dice.expovariate(1 / THINKING))  # a customer's pace is what is played here
 
     async with asyncio.TaskGroup() as tasks:
         for number in range(CUSTOMERS):
@@ -302,7 +302,7 @@ async def watch(pool: asyncpg.Pool, ledger: Ledger, display: Display) -> None:
     while True:
         await count(pool, ledger)
         display.refresh()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # as often as somebody can read
 
 
 async def kill_and_replace(dsn: str, pool: asyncpg.Pool, ledger: Ledger, display: Display) -> None:
@@ -312,13 +312,13 @@ async def kill_and_replace(dsn: str, pool: asyncpg.Pool, ledger: Ledger, display
         display.say(f"{CUSTOMERS} customers place orders")
         traffic = tasks.create_task(serve(pool, ledger, BEFORE_THE_KILL + AFTER_THE_KILL))
         async with relaying(dsn, ledger, display) as first:
-            await asyncio.sleep(BEFORE_THE_KILL)
+            await asyncio.sleep(BEFORE_THE_KILL)  # traffic that somebody can watch
             await first.kill()
         async with pool.acquire() as connection:
             unsettled = {message.id for message in await outbox.retrieve(connection, limit=1_000_000)}
         ledger.in_flight = unsettled & ledger.deliveries.keys()
         display.say(f"{len(ledger.in_flight)} messages had arrived and were not settled: they will come again")
-        await asyncio.sleep(WITHOUT_A_RELAY)
+        await asyncio.sleep(WITHOUT_A_RELAY)  # so that messages are seen to wait
         async with relaying(dsn, ledger, display):
             await traffic
             display.say("no more orders")

@@ -26,7 +26,7 @@ from outbox._errors import (
 )
 from outbox._message import Message
 from outbox.destinations._answers import caused
-from outbox.destinations._envelope import ID, KEY, PREFIX, RECORDED_AT, TOPIC, escape, unescape
+from outbox.destinations._envelope import ID, KEY, PREFIX, RECORDED_AT, TOPIC, escape, reading, unescape
 
 with needs("aws"):
     from botocore import exceptions  # type: ignore[import-untyped]
@@ -266,6 +266,7 @@ def _sorted(error: Exception) -> BaseException:
     return error
 
 
+@reading()
 def received(raw: Mapping[str, Any], body: str, codec: Codec) -> Message:
     """Makes the message that was dispatched of the attributes in any of their forms, and the body.
 
@@ -276,7 +277,7 @@ def received(raw: Mapping[str, Any], body: str, codec: Codec) -> Message:
     texts = {name: _value(attribute) for name, attribute in attributes.items()}
     own = {name: unescape(text).replace("\0", "") for name, text in texts.items() if name not in {HEADERS, ENCODING}}
     if missing := next((name for name in (ID, TOPIC) if not own.get(name)), None):
-        raise ValueError(f"no attribute {missing!r}: not sent by asyncpg-outbox, or received without asking for 'All'")
+        raise ValueError(f"it has no attribute {missing!r}, or was received without asking for 'All'")
     return Message.from_body(
         b64decode(body) if texts.get(ENCODING) == "base64" else body.encode(),
         topic=own[TOPIC],

@@ -13,6 +13,7 @@ import orjson
 
 from outbox._codec import Codec
 from outbox._message import Message
+from outbox.destinations._envelope import reading
 
 Mode = Literal["binary", "structured"]
 
@@ -66,6 +67,7 @@ def _data(body: bytes, content_type: str) -> dict[str, Any]:
     return {"data_base64": b64encode(body).decode()}
 
 
+@reading()
 def message_of(headers: Mapping[str, str], body: bytes, codec: Codec) -> Message:
     """Makes the message of a request.
 
@@ -78,7 +80,7 @@ def message_of(headers: Mapping[str, str], body: bytes, codec: Codec) -> Message
     else:
         event = {name[3:]: unquote(value, errors="strict") for name, value in found.items() if name.startswith("ce-")}
     if missing := next((name for name in ("id", "type") if not event.get(name)), None):
-        raise ValueError(f"this was not sent by asyncpg-outbox: the event has no {missing!r}")
+        raise ValueError(f"the event has no {missing!r}")
     time = event.get("time")
     return Message.from_body(
         body,
@@ -95,7 +97,7 @@ def _opened(body: bytes) -> tuple[dict[str, str], bytes]:
     """Returns the attributes and the data of an event in its JSON format."""
     event = orjson.loads(body)
     if not isinstance(event, dict):
-        raise ValueError("this was not sent by asyncpg-outbox: the event is no JSON object")  # noqa: TRY004 -- it came from outside
+        raise ValueError("the event is no JSON object")  # noqa: TRY004 -- it came from outside
     attributes = {name: value for name, value in event.items() if isinstance(value, str)}
     if "data_base64" in attributes:
         return attributes, b64decode(attributes["data_base64"])
@@ -105,7 +107,7 @@ def _opened(body: bytes) -> tuple[dict[str, str], bytes]:
 def _headers(text: str) -> dict[str, str]:
     headers = orjson.loads(text)
     if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
-        raise ValueError(f"this was not sent by asyncpg-outbox: {HEADERS!r} is no JSON object of texts")
+        raise ValueError(f"{HEADERS!r} is no JSON object of texts")
     return headers
 
 

@@ -1,7 +1,8 @@
 """What of a message travels in headers, where a broker has no place of its own for it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Final
 from urllib.parse import quote, unquote
@@ -46,6 +47,15 @@ def pack(message: Message, *native: str) -> dict[str, str]:
     return headers | {name: value for name, value in own.items() if value is not None and name not in native}
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Says of what cannot be read that it was not sent by this library."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"this was not sent by asyncpg-outbox: {error}") from error
+
+
 def unpack(body: bytes, headers: Mapping[str, str], codec: Codec = _RECEIVED) -> Message:
     """Makes a message of a body and the headers that `pack` made, with the native ones put back.
 
@@ -54,7 +64,7 @@ def unpack(body: bytes, headers: Mapping[str, str], codec: Codec = _RECEIVED) ->
     """
     missing = next((name for name in (ID, TOPIC) if not headers.get(name)), None)
     if missing:
-        raise ValueError(f"this was not sent by asyncpg-outbox: it has no {missing!r}")
+        raise ValueError(f"it has no {missing!r}")
     recorded_at = headers.get(RECORDED_AT)
     return Message.from_body(
         body,

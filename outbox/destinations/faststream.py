@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from itertools import repeat
 from typing import Any, Final, Protocol
@@ -13,8 +14,8 @@ import anyio
 from outbox._codec import Codec
 from outbox._errors import DestinationUnavailableError, OutboxError, RejectedError, describe, needs
 from outbox._message import _RECEIVED, Message
-from outbox.destinations._answers import Sort, caused, require_accepted
-from outbox.destinations._envelope import PREFIX, escape, pack, unescape, unpack
+from outbox.destinations._answers import Sort, caused, require_body_within, send_fitting
+from outbox.destinations._envelope import PREFIX, escape, pack, reading, unescape, unpack
 
 with needs("faststream"):
     from faststream.message import StreamMessage
@@ -29,6 +30,11 @@ _SORTED_BY: Final = {
     "redis": "outbox.destinations.redis",
 }
 """Where the errors of each client are known: imported only when there is a broker of that kind."""
+
+_CLOSED_FOR_GOOD: Final = (
+    "the client of NATS is closed for good: start this process anew, "
+    "and give the broker max_reconnect_attempts=-1, without which it gives up reconnecting"
+)
 
 Call = Mapping[str, Any]
 """The arguments of one `broker.publish`."""
@@ -53,7 +59,8 @@ class FastStreamDispatcher:
 
     - `RabbitBroker`: the publisher's confirm. Messages are persistent, and what reaches no queue is an error.
     - `NatsBroker`: JetStream's acknowledgement; `stream="ORDERS"` is required, since without it FastStream publishes to
-      whoever listens at that moment.
+      whoever listens at that moment. Give it `max_reconnect_attempts=-1`: after 60 attempts, its default, its client is
+      closed for good, and all is unavailable until the process starts anew.
     - `KafkaBroker`: the acknowledgement that its `acks` asks for; give it `enable_idempotence=True`, or one that fails
       over may lose what it acknowledged. The key is the key.
     - `confluent.KafkaBroker`: the same, with the delivery report.
@@ -105,19 +112,20 @@ class FastStreamDispatcher:
         """
         if messages:
             connection = await self._connected()
-            calls = [self._call(message, connection) for message in messages]
-            sent = [call for call in calls if not isinstance(call, RejectedError)]
-            answers = iter(await self._publish(connection, sent))
-            outcomes = [call if isinstance(call, RejectedError) else next(answers) for call in calls]
-            require_accepted(messages, outcomes, self._sort)
+            await send_fitting(
+                messages, partial(self._call, connection), partial(self._publish, connection), self._sort
+            )
 
     async def _connected(self) -> Any:
         async with self._lock:  # several batches may be the first
             try:
                 with anyio.fail_after(self._timeout):
-                    return await self._broker.connect()
+                    connection = await self._broker.connect()
             except Exception as error:
                 raise DestinationUnavailableError(f"cannot connect to the broker: {describe(error)}") from error
+        if self._kind == "nats" and connection.is_closed:  # and FastStream makes no other
+            raise DestinationUnavailableError(_CLOSED_FOR_GOOD)
+        return connection
 
     async def _publish(self, connection: Any, calls: Sequence[Call]) -> Sequence[object]:
         match self._kind:
@@ -165,19 +173,12 @@ class FastStreamDispatcher:
         except Exception as error:  # noqa: BLE001 -- it is this message's answer
             return error
 
-    def _call(self, message: Message, connection: Any) -> Call | RejectedError:
-        if self._max_body is not None and len(message.body) > self._max_body:
-            return RejectedError(
-                f"message {message.id}: a body of {len(message.body)} bytes is beyond {self._max_body}"
-            )
-        name = str(message.id)
-        try:
-            own = pack(message)
-            headers = {escape(key): escape(value) for key, value in self._with_added(name, own).items()}
-            if self._kind == "nats":  # whose client, cut by the server over one of these, is closed for good
-                import_module(_SORTED_BY["nats"]).require_fitting(message, headers, connection.max_payload)
-        except RejectedError as error:
-            return error
+    def _call(self, connection: Any, message: Message) -> Call:
+        require_body_within(message, self._max_body)
+        name, own = str(message.id), pack(message)
+        headers = {escape(key): escape(value) for key, value in self._with_added(name, own).items()}
+        if self._kind == "nats":  # whose client, cut by the server over one of these, is closed for good
+            import_module(_SORTED_BY["nats"]).require_fitting(message, headers, connection.max_payload)
         common = {"message": message.body, "headers": headers, "correlation_id": own.get("correlation_id", name)}
         return {**self._options, **common, **self._particular(message)}
 
@@ -237,6 +238,7 @@ def _sort_confluent(error: BaseException) -> BaseException:
     return error
 
 
+@reading()
 def received(message: StreamMessage[Any], codec: Codec = _RECEIVED) -> Message:
     """Makes the message that was dispatched of what a subscriber of FastStream got: its `NatsMessage`, for one.
 

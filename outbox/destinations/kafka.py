@@ -16,7 +16,7 @@ from outbox._errors import DestinationUnavailableError, RejectedError, describe,
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import ConnectedDispatcher
-from outbox.destinations._envelope import KEY, TOPIC, pack, unpack
+from outbox.destinations._envelope import KEY, TOPIC, pack, reading, unpack
 
 with needs("kafka"):
     from aiokafka import AIOKafkaProducer, errors
@@ -253,6 +253,7 @@ def _sort(error: BaseException) -> BaseException:
     return error
 
 
+@reading()
 def received(record: "ConsumerRecord[bytes | None, bytes]", codec: Codec = _RECEIVED) -> Message:
     """Makes the message that was dispatched of what a consumer got.
 

@@ -13,7 +13,7 @@ from outbox._errors import DestinationUnavailableError, OutboxError, RejectedErr
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import Connect, ConnectedDispatcher
-from outbox.destinations._envelope import ID, TOPIC, escape, pack, unescape, unpack
+from outbox.destinations._envelope import ID, TOPIC, escape, pack, reading, unescape, unpack
 
 with needs("nats"):
     import nats.errors
@@ -138,6 +138,7 @@ def _sort(error: BaseException) -> BaseException:
     return error
 
 
+@reading()
 def received(raw: Msg, codec: Codec = _RECEIVED) -> Message:
     """Makes the message that was dispatched of what a consumer got.
 

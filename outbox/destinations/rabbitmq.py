@@ -13,7 +13,7 @@ from outbox._errors import DestinationUnavailableError, RejectedError, describe,
 from outbox._message import _RECEIVED, Message
 from outbox.destinations._answers import caused, require_accepted
 from outbox.destinations._connected import Connect, ConnectedDispatcher
-from outbox.destinations._envelope import ID, TOPIC, pack, unpack
+from outbox.destinations._envelope import ID, TOPIC, pack, reading, unpack
 
 with needs("rabbitmq"):
     from aio_pika import DeliveryMode
@@ -213,11 +213,12 @@ def _unavailable(error: BaseException) -> BaseException:
     return caused(DestinationUnavailableError(f"RabbitMQ does not answer: {describe(error)}"), error)
 
 
+@reading()
 def received(raw: AbstractIncomingMessage, codec: Codec = _RECEIVED) -> Message:
     """Makes the message that was dispatched of what a consumer got.
 
     Raises:
-        ValueError: When its message_id is no UUID, so that it was not sent by this library.
+        ValueError: When it was not sent by this library.
     """
     # What the broker adds on the way, a count of deliveries for one, is not text.
     headers = {name: value for name, value in raw.headers.items() if isinstance(value, str)}

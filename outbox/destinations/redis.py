@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from outbox._codec import Codec
-from outbox._errors import DestinationUnavailableError, RejectedError, describe, needs
+from outbox._errors import DestinationUnavailableError, describe, needs
 from outbox._message import _RECEIVED, Message
-from outbox.destinations._answers import caused, require_accepted
-from outbox.destinations._envelope import PREFIX, TOPIC, pack, unpack
+from outbox.destinations._answers import caused, require_body_within, send_fitting
+from outbox.destinations._envelope import PREFIX, TOPIC, pack, reading, unpack
 
 with needs("redis"):
     from redis import exceptions
@@ -73,25 +73,12 @@ class RedisDispatcher:
             PartialDispatchError: With the error of each message that was not appended.
             DestinationUnavailableError: When Redis does not answer; some may have been appended.
         """
-        entries = [self._entry(message) for message in messages]
-        fitting = [
-            (message.topic, entry)
-            for message, entry in zip(messages, entries, strict=True)
-            if not isinstance(entry, RejectedError)
-        ]
-        answers = iter(await self._append(fitting) if fitting else ())
-        outcomes = [entry if isinstance(entry, RejectedError) else next(answers) for entry in entries]
-        require_accepted(messages, outcomes, _sort)
+        await send_fitting(messages, self._entry, self._append, _sort)
 
-    def _entry(self, message: Message) -> dict[Any, Any] | RejectedError:
-        if len(message.body) > self._max_body:
-            return RejectedError(
-                f"message {message.id}: a body of {len(message.body)} bytes is beyond {self._max_body}"
-            )
-        try:
-            return {**pack(message, TOPIC), BODY: message.body}
-        except RejectedError as error:
-            return error
+    def _entry(self, message: Message) -> tuple[str, dict[Any, Any]]:
+        """Returns the stream, and what is appended to it."""
+        require_body_within(message, self._max_body)
+        return message.topic, {**pack(message, TOPIC), BODY: message.body}
 
     async def _append(self, entries: Sequence[tuple[str, dict[Any, Any]]]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
@@ -117,6 +104,7 @@ def _sort(error: BaseException) -> BaseException:
     return error
 
 
+@reading()
 def received(stream: str | bytes, fields: Mapping[bytes, bytes], codec: Codec = _RECEIVED) -> Message:
     """Makes the message that was dispatched of a stream's entry, read by a client that does not decode responses.
 

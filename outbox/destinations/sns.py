@@ -10,6 +10,7 @@ from outbox._codec import Codec
 from outbox._message import _RECEIVED, Message
 from outbox.destinations import _aws, sqs
 from outbox.destinations._aws import BatchSender, EntryError
+from outbox.destinations._envelope import reading
 
 __all__ = ["EntryError", "SnsClient", "SnsDispatcher", "received"]
 
@@ -86,7 +87,8 @@ def received(raw: Mapping[str, Any], codec: Codec = _RECEIVED) -> Message:
         return _aws.received(raw, raw["Message"], codec)
     if raw.get("MessageAttributes") or raw.get("messageAttributes"):  # raw delivery
         return sqs.received(raw, codec)
-    notification = orjson.loads(raw.get("Body") or raw.get("body") or "null")
-    if not isinstance(notification, dict) or "Message" not in notification:
-        raise ValueError("this is no notification of SNS, nor one of raw delivery with its attributes")
+    with reading():
+        notification = orjson.loads(raw.get("Body") or raw.get("body") or "null")
+        if not isinstance(notification, dict) or "Message" not in notification:
+            raise ValueError("it is no notification of SNS, nor one of raw delivery with its attributes")
     return _aws.received(notification, notification["Message"], codec)

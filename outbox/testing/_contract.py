@@ -362,7 +362,7 @@ async def _deliver_all(
                 rejected = [error for error in failures.values() if every(RejectedError, error)]
                 assert not rejected, describe(rejected[0])
                 left = [message for message in left if message.id in failures]
-                await anyio.sleep(0.05)
+                await anyio.sleep(0.05)  # as a relay backs off; that a broker is back has no event
 
     async with anyio.create_task_group() as tasks:
         for _ in range(at_once):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Any
+from typing import Any, Protocol
 
 import anyio
 
@@ -40,7 +40,7 @@ async def listens(port: int) -> None:
         try:
             _, writer = await asyncio.open_connection("127.0.0.1", port)
         except OSError:
-            await anyio.sleep(0.01)
+            await anyio.sleep(0.01)  # why a sleep: a port that opens has no event
         else:
             writer.close()
             return
@@ -90,10 +90,23 @@ class Process:
         self._process.send_signal(number)
 
 
+class Server(Protocol):
+    """What is killed, started again and frozen: a `Process`, or one that takes more than that to run."""
+
+    async def start(self) -> None:
+        """Starts it, and waits until it answers."""
+
+    async def stop(self) -> None:
+        """Kills it."""
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+
+
 class ProcessBroker(Broker):
     """A broker that is a process of its own; give it as `process`."""
 
-    process: Process
+    process: Server
 
     async def stop(self) -> None:
         await self.process.stop()

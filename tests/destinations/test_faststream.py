@@ -1,33 +1,34 @@
 """FastStream's brokers, each on a real server, read by subscribers of its own."""
 
 import asyncio
-import signal
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import anyio
 import asyncpg
-import nats
 import pytest
 from faststream import Context, confluent, kafka
 from faststream.message import StreamMessage
 from faststream.nats import NatsBroker
 from faststream.rabbit import Channel, RabbitBroker, RabbitQueue
 from faststream.redis import RedisBroker, StreamSub
+from nats.errors import ConnectionClosedError
 from nats.js.api import ConsumerConfig, DeliverPolicy
 
-from outbox import DestinationUnavailableError, Dispatcher, Message, Outbox, PartialDispatchError, RejectedError
+from outbox import DestinationUnavailableError, Message, Outbox, PartialDispatchError, RejectedError
 from outbox.destinations.faststream import FastStreamDispatcher, received
 from outbox.testing import CONTRACT, Broker, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
+from tests.destinations.failures import failures_of
 from tests.destinations.kafka_mock import MockCluster
+from tests.destinations.nats_server import NatsServer
 from tests.destinations.rabbitmq_server import MEGABYTE, RabbitMQServer
 from tests.destinations.relaying import check_the_whole_way
 
@@ -99,13 +100,13 @@ class Subscribed(Broker):
         self._news.set()
 
 
-class Rabbit(Subscribed):
+class Rabbit(ProcessBroker, Subscribed):
     too_large: int | None = MEGABYTE + 1
     unroutable: str | None = "nobody.is.bound.to.this"
 
     def __init__(self, server: RabbitMQServer) -> None:
         super().__init__(max_body=MEGABYTE)
-        self.server = server
+        self.process = self.server = server
         self.topic = server.queue()
         self.queue = RabbitQueue(self.topic, durable=True)
 
@@ -115,18 +116,6 @@ class Rabbit(Subscribed):
     def subscribe(self, broker: RabbitBroker, handle: Handler) -> None:
         broker.subscriber(self.queue)(handle)
 
-    async def stop(self) -> None:
-        await self.server.stop()
-
-    async def start(self) -> None:
-        await self.server.start()
-
-    async def freeze(self) -> None:
-        self.server.signal(signal.SIGSTOP)
-
-    async def thaw(self) -> None:
-        self.server.signal(signal.SIGCONT)
-
 
 class Nats(ProcessBroker, Subscribed):
     too_large: int | None = 1024 * 1024 + 1
@@ -134,13 +123,11 @@ class Nats(ProcessBroker, Subscribed):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(stream="ORDERS")
-        port = free_port()
-        self.url = f"nats://127.0.0.1:{port}"
-        command = [program("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(folder)]
-        self.process = Process(command, partial(listens, port))
+        self.process = self.server = NatsServer(folder)
 
     def broker(self, **options: Any) -> NatsBroker:
-        return NatsBroker(self.url, max_reconnect_attempts=-1, reconnect_time_wait=SOON, **PLAIN | options)
+        settings = {"max_reconnect_attempts": -1, "reconnect_time_wait": SOON}
+        return NatsBroker(self.server.url, **settings | PLAIN | options)
 
     def subscribe(self, broker: NatsBroker, handle: Handler) -> None:
         start = self.last.metadata.sequence.stream + 1 if self.last else 1
@@ -179,13 +166,8 @@ def rabbit(rabbitmq: RabbitMQServer) -> Rabbit:
 @pytest.fixture
 async def jetstream(tmp_path: Path) -> AsyncIterator[Nats]:
     broker = Nats(tmp_path)
-    await broker.start()
-    try:
-        async with await nats.connect(broker.url) as client:
-            await client.jetstream().add_stream(name="ORDERS", subjects=["orders.>"])
+    async with broker.server.running():
         yield broker
-    finally:
-        await broker.stop()
 
 
 @pytest.fixture
@@ -285,7 +267,7 @@ async def test_both_clients_of_kafka_keep_what_they_are_given(client: Any) -> No
     broker.subscriber("orders", group_id="all", auto_offset_reset="earliest")(arrive)
     destination = FastStreamDispatcher(broker, timeout=TIMEOUT)
     try:
-        failures = await _failures(destination, *batch[:100], huge, *batch[100:])
+        failures = await failures_of(destination, *batch[:100], huge, *batch[100:])
         assert {name: type(error) for name, error in failures.items()} == {huge.id: RejectedError}
         await broker.start()
         with anyio.fail_after(30):
@@ -316,6 +298,29 @@ async def test_of_a_message_that_is_sent_twice_jetstream_keeps_one(jetstream: Na
     assert [message.id for message in await jetstream.received(2)] == [twice.id, last.id]
 
 
+async def test_a_client_of_nats_that_gave_up_says_that_it_is_closed_for_good(jetstream: Nats) -> None:
+    gone = asyncio.Event()
+
+    async def closed() -> None:
+        gone.set()
+
+    broker = jetstream.broker(max_reconnect_attempts=1, closed_cb=closed)
+    destination = FastStreamDispatcher(broker, timeout=TIMEOUT, **jetstream.options)
+    message = Message(1, topic=jetstream.topic)
+    try:
+        await destination.dispatch(message)
+        await jetstream.stop()
+        with anyio.fail_after(10):
+            await gone.wait()
+        await jetstream.start()
+        for _ in range(2):
+            with pytest.raises(DestinationUnavailableError, match="closed for good: start this process anew"):
+                await destination.dispatch(message)
+    finally:
+        with suppress(ConnectionClosedError):  # which is what was tried
+            await broker.stop()
+
+
 async def test_what_rabbitmq_closes_the_channel_over_is_one_rejection_that_blames_nobody(rabbit: Rabbit) -> None:
     rabbit.options = {}
     huge = Message.from_body(b"x" * (MEGABYTE + 1), topic=rabbit.topic)
@@ -330,7 +335,7 @@ async def test_what_rabbitmq_closes_the_channel_over_is_one_rejection_that_blame
         assert failures[huge.id] in rejections
         assert len(set(map(id, rejections))) == 1
         with anyio.fail_after(10):
-            while unavailable := await _failures(destination, *good):  # until the client has opened another channel
+            while unavailable := await failures_of(destination, *good):  # until the client has opened another channel
                 assert {type(error) for error in unavailable.values()} == {DestinationUnavailableError}
     assert {message.id for message in good} <= {message.id for message in await rabbit.received(10)}
 
@@ -359,16 +364,3 @@ def test_what_would_lose_messages_or_cannot_publish_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         FastStreamDispatcher(broker, **options)
-
-
-def test_what_another_sent_is_not_taken_for_a_message() -> None:
-    with pytest.raises(ValueError, match="was not sent by asyncpg-outbox"):
-        received(StreamMessage({}, b"{}", headers={"a": "b", "x-delivery-count": 3}))
-
-
-async def _failures(destination: Dispatcher, *batch: Message) -> dict[UUID, BaseException]:
-    try:
-        await destination.dispatch(*batch)
-    except PartialDispatchError as error:
-        return error.failures
-    return {}

@@ -24,7 +24,7 @@ class Handlers(Broker):
     async def _handle(self, message: Message) -> None:
         if len(message.body) >= 100_000:
             raise RejectedError("too large")
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # why: as any handler that waits for something, it lets others run
         self._arrived.append(message)
         self._news.set()
 

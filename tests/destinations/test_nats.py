@@ -12,10 +12,12 @@ import pytest
 from nats.errors import TimeoutError as NothingYet
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, DiscardPolicy, StreamConfig
 
-from outbox import DestinationUnavailableError, Message, Outbox, PartialDispatchError, RejectedError
+from outbox import DestinationUnavailableError, Message, Outbox, RejectedError
 from outbox.destinations.nats import NatsDispatcher, received
 from outbox.testing import CONTRACT, Case
-from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
+from tests.destinations.brokers import ProcessBroker
+from tests.destinations.failures import failures_of
+from tests.destinations.nats_server import NatsServer
 from tests.destinations.relaying import check_the_whole_way
 
 
@@ -25,10 +27,8 @@ class Nats(ProcessBroker):
     unroutable: str | None = "nobody.stores.this"
 
     def __init__(self, folder: Path, *options: str) -> None:
-        port = free_port()
-        self.url = f"nats://127.0.0.1:{port}"
-        command = [program("nats-server"), "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(folder), *options]
-        self.process = Process(command, partial(listens, port))
+        self.process = self.server = NatsServer(folder, *options)
+        self.url = self.server.url
         self._arrived: list[Message] = []
         self._next = 1
 
@@ -54,26 +54,13 @@ class Nats(ProcessBroker):
 @pytest.fixture
 async def broker(tmp_path: Path) -> AsyncIterator[Nats]:
     broker = Nats(tmp_path)
-    await broker.start()
-    try:
-        async with await nats.connect(broker.url) as client:
-            await client.jetstream().add_stream(name="ORDERS", subjects=["orders.>"])
+    async with broker.server.running():
         yield broker
-    finally:
-        await broker.stop()
 
 
 @pytest.mark.parametrize("case", CONTRACT, ids=lambda case: case.__name__)
 async def test_the_contract(case: Case, broker: Nats) -> None:
     await case(broker)
-
-
-async def failures_of(destination: NatsDispatcher, *batch: Message) -> dict[int, BaseException]:
-    """Dispatches, and returns the error of each message that failed, by its place in the batch."""
-    with pytest.raises(PartialDispatchError) as caught:
-        await destination.dispatch(*batch)
-    ids = [message.id for message in batch]
-    return {ids.index(name): error for name, error in caught.value.failures.items()}
 
 
 @pytest.mark.parametrize(
@@ -89,31 +76,33 @@ async def test_what_the_server_would_cut_the_connection_over_is_rejected_alone(b
     good = Message(1, topic=broker.topic)
     async with broker.destination() as destination:
         failures = await failures_of(destination, poison, good)
-    assert list(failures) == [0]
-    assert isinstance(failures[0], RejectedError)
+    assert list(failures) == [poison.id]
+    assert isinstance(failures[poison.id], RejectedError)
     assert [message.id for message in await broker.received(1)] == [good.id]
 
 
 async def test_a_topic_that_somebody_listens_to_but_no_stream_stores_is_a_failure_of_its_own(broker: Nats) -> None:
     """Nobody answers then, and that alone would be taken for a server that is down, again and again for ever."""
+    lost = Message(1, topic="lost")
     async with await nats.connect(broker.url) as client, broker.destination() as destination:
         await client.subscribe(">")
         await client.flush()
-        failures = await failures_of(destination, Message(1, topic="lost"), Message(1, topic=broker.topic))
-    assert list(failures) == [0]
-    assert not isinstance(failures[0], DestinationUnavailableError)
-    assert "no stream stores 'lost'" in str(failures[0])
+        failures = await failures_of(destination, lost, Message(1, topic=broker.topic))
+    assert list(failures) == [lost.id]
+    assert not isinstance(failures[lost.id], DestinationUnavailableError)
+    assert "no stream stores 'lost'" in str(failures[lost.id])
 
 
 @pytest.mark.parametrize("is_all", [True, False])
 async def test_only_a_stream_that_is_full_as_a_whole_is_unavailable(broker: Nats, is_all: bool) -> None:  # noqa: FBT001 -- a parameter of the test
     limits: dict[str, Any] = {"max_msgs": 1} if is_all else {"max_msgs_per_subject": 1, "discard_new_per_subject": True}
     full: Any = StreamConfig(name="FULL", subjects=["full.>"], discard=DiscardPolicy.NEW, **limits)
+    first, second = Message(1, topic="full.one"), Message(2, topic="full.one")
     async with await nats.connect(broker.url) as client, broker.destination() as destination:
         await client.jetstream().add_stream(full)
-        failures = await failures_of(destination, Message(1, topic="full.one"), Message(2, topic="full.one"))
-    assert list(failures) == [1]
-    assert isinstance(failures[1], DestinationUnavailableError) is is_all
+        failures = await failures_of(destination, first, second)
+    assert list(failures) == [second.id]
+    assert isinstance(failures[second.id], DestinationUnavailableError) is is_all
 
 
 async def test_an_account_without_storage_left_is_unavailable(tmp_path: Path) -> None:
@@ -122,16 +111,11 @@ async def test_an_account_without_storage_left_is_unavailable(tmp_path: Path) ->
         "accounts { A { users: [{user: a, password: a}], jetstream { max_file: 10K } } }, no_auth_user: a"
     )
     broker = Nats(tmp_path, "-c", str(settings))
-    await broker.start()
-    try:
-        async with await nats.connect(broker.url) as client, broker.destination() as destination:
-            await client.jetstream().add_stream(name="ORDERS", subjects=["orders.>"])
-            large = Message.from_body(b"x" * 9_000, topic=broker.topic)
-            failures = await failures_of(destination, large, Message.from_body(b"x" * 9_000, topic=broker.topic))
-        assert list(failures) == [1]
-        assert isinstance(failures[1], DestinationUnavailableError)
-    finally:
-        await broker.stop()
+    first, second = (Message.from_body(b"x" * 9_000, topic=broker.topic) for _ in range(2))
+    async with broker.server.running(), broker.destination() as destination:
+        failures = await failures_of(destination, first, second)
+    assert list(failures) == [second.id]
+    assert isinstance(failures[second.id], DestinationUnavailableError)
 
 
 async def test_the_whole_way(broker: Nats, pool: "asyncpg.Pool[Any]", outbox: Outbox) -> None:

@@ -48,7 +48,7 @@ class OtherDatabase(Broker):
                 await connection.close()
             if len(messages) >= count:
                 return messages
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # why a sleep: what is in the table has no event
 
     async def stop(self) -> None:
         await self.server.kill()

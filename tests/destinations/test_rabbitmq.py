@@ -1,12 +1,11 @@
 """RabbitMQ, on a server of its own."""
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import aio_pika
 import anyio
@@ -18,25 +17,25 @@ from aio_pika.exceptions import ChannelNotFoundEntity, DeliveryError
 
 from outbox import (
     DestinationUnavailableError,
-    Dispatcher,
     Message,
     Outbox,
-    PartialDispatchError,
     RejectedError,
 )
 from outbox.destinations.rabbitmq import RabbitMQDispatcher, received
-from outbox.testing import CONTRACT, Broker, Case
+from outbox.testing import CONTRACT, Case
+from tests.destinations.brokers import ProcessBroker
+from tests.destinations.failures import failures_of
 from tests.destinations.rabbitmq_server import MEGABYTE, RabbitMQServer
 from tests.destinations.relaying import check_the_whole_way
 from tests.faults import FaultProxy
 
 
-class RabbitMQ(Broker):
+class RabbitMQ(ProcessBroker):
     too_large: int | None = MEGABYTE + 1
     unroutable: str | None = "nobody.is.bound.to.this"
 
     def __init__(self, server: RabbitMQServer) -> None:
-        self.server = server
+        self.process = self.server = server
         self.topic = server.queue()
         self.connect: Callable[..., Any] = aio_pika.connect
         self._arrived: list[Message] = []
@@ -60,18 +59,6 @@ class RabbitMQ(Broker):
         self._arrived.append(received(raw))
         self._news.set()
         await raw.ack()
-
-    async def stop(self) -> None:
-        await self.server.stop()
-
-    async def start(self) -> None:
-        await self.server.start()
-
-    async def freeze(self) -> None:
-        self.server.signal(signal.SIGSTOP)
-
-    async def thaw(self) -> None:
-        self.server.signal(signal.SIGCONT)
 
 
 @pytest.fixture
@@ -134,7 +121,7 @@ async def test_without_its_exchange_a_batch_fails_as_a_whole_until_somebody_decl
     batch = [Message(number, topic="orders.placed") for number in range(100)]
     async with RabbitMQDispatcher(partial(connect, rabbitmq.url), exchange=name) as destination:
         for _ in range(3):
-            failures = await _failures(destination, *batch)
+            failures = await failures_of(destination, *batch)
             (error,) = set(failures.values())  # one for all: the relay blames none of them
             assert len(failures) == 100
             assert isinstance(error, ChannelNotFoundEntity)
@@ -161,7 +148,7 @@ async def test_without_its_exchange_a_batch_fails_as_a_whole_until_somebody_decl
 async def test_what_can_never_be_sent_is_rejected_alone(broker: RabbitMQ, bad: Message) -> None:
     good = [Message(number, topic=broker.topic, key="key", recorded_at=datetime.now(UTC)) for number in range(50)]
     async with broker.destination() as destination:
-        failures = await _failures(destination, *good[:25], bad, *good[25:])
+        failures = await failures_of(destination, *good[:25], bad, *good[25:])
         assert list(failures) == [bad.id]
         assert isinstance(failures[bad.id], RejectedError)
     first = dict.fromkeys(message.id for message in await broker.received(50))
@@ -185,7 +172,7 @@ async def test_what_a_full_queue_refuses_fails_and_nobody_else(
     free = await channel.declare_queue(f"free-{uuid4()}", durable=True)
     batch = [Message(number, topic=(full, free)[number % 2].name) for number in range(20)]
     async with RabbitMQDispatcher(partial(aio_pika.connect, rabbitmq.url)) as destination:
-        failures = await _failures(destination, *batch)
+        failures = await failures_of(destination, *batch)
     assert set(failures) == {message.id for message in batch[6::2]}
     assert {type(error) for error in failures.values()} == {DeliveryError}
 
@@ -197,7 +184,7 @@ async def test_while_an_alarm_blocks_the_broker_it_is_unavailable_and_nothing_is
         await broker.server.control("set_vm_memory_high_watermark", "0")
         try:
             for _ in range(3):
-                failures = await _failures(destination, *batch)
+                failures = await failures_of(destination, *batch)
                 assert len(failures) == 10
                 assert {type(error) for error in failures.values()} == {DestinationUnavailableError}
         finally:
@@ -214,7 +201,7 @@ async def test_a_connection_that_went_dead_without_a_word_is_replaced(broker: Ra
         async with RabbitMQDispatcher(connect, timeout=timedelta(seconds=1)) as destination:
             await destination.dispatch(first)
             network.black_hole()
-            assert isinstance((await _failures(destination, then))[then.id], DestinationUnavailableError)
+            assert isinstance((await failures_of(destination, then))[then.id], DestinationUnavailableError)
             network.heal()
             await destination.dispatch(then)
     assert {message.id for message in await broker.received(2)} == {first.id, then.id}
@@ -227,7 +214,7 @@ async def test_a_broker_that_freezes_on_a_batch_beyond_what_the_socket_holds_is_
         await broker.freeze()
         try:
             with anyio.fail_after(10):
-                failures = await _failures(destination, *batch)
+                failures = await failures_of(destination, *batch)
                 assert {type(error) for error in failures.values()} == {DestinationUnavailableError}
                 assert len(failures) == 50
         finally:
@@ -267,23 +254,6 @@ async def test_a_consistent_hash_keeps_a_key_in_one_queue(rabbitmq: RabbitMQServ
             part.add(received(raw).key)
     assert sum(map(len, keys)) == len(set().union(*keys)) == 20
     assert all(keys)
-
-
-async def test_what_another_sent_is_not_taken_for_a_message(channel: AbstractChannel, broker: RabbitMQ) -> None:
-    await channel.default_exchange.publish(aio_pika.Message(b"{}", message_id="42"), broker.topic)
-    raw = await _get(channel, broker.topic)
-    with pytest.raises(ValueError, match="hexadecimal"):
-        received(raw)
-
-
-async def _failures(destination: Dispatcher, *batch: Message) -> dict[UUID, BaseException]:
-    try:
-        await destination.dispatch(*batch)
-    except PartialDispatchError as error:
-        return error.failures
-    except DestinationUnavailableError as error:
-        return {message.id: error for message in batch}
-    return {}
 
 
 async def _get(channel: AbstractChannel, queue: str) -> AbstractIncomingMessage:

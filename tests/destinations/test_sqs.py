@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
-from outbox import DestinationUnavailableError, Message, Outbox, OutboxError, PartialDispatchError, RejectedError
+from outbox import DestinationUnavailableError, Message, Outbox, OutboxError, RejectedError
 from outbox.destinations.sqs import EntryError, SqsDispatcher, received
 from outbox.testing import CONTRACT, Case
 from tests.destinations.aws import (
@@ -24,6 +24,7 @@ from tests.destinations.aws import (
     reading,
     run,
 )
+from tests.destinations.failures import failures_of
 from tests.destinations.relaying import check_the_whole_way
 
 MEBIBYTE = 1024 * 1024
@@ -261,9 +262,3 @@ def test_a_message_of_a_lambda_function_is_received() -> None:
 def test_what_came_without_its_attributes_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="asking for 'All'"):
         received({"Body": "1"})
-
-
-async def failures_of(destination: SqsDispatcher, *batch: Message) -> dict[UUID, BaseException]:
-    with pytest.raises(PartialDispatchError) as caught:
-        await destination.dispatch(*batch)
-    return caught.value.failures

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from outbox import DestinationUnavailableError, Message, Outbox, PartialDispatchError, RejectedError
+from outbox import DestinationUnavailableError, Message, Outbox, RejectedError
 from outbox.destinations._addresses import GuardedBackend, may_reach, networks  # noqa: TID251 -- the guard alone
 from outbox.destinations.webhook import (
     AddressRefusedError,
@@ -33,6 +33,7 @@ from outbox.destinations.webhook import (
 )
 from outbox.testing import CONTRACT, Case
 from tests.destinations.brokers import Process, ProcessBroker, free_port, listens, program
+from tests.destinations.failures import failures_of
 from tests.destinations.receiver import LARGEST
 from tests.destinations.relaying import check_the_whole_way
 from tests.faults import FaultProxy
@@ -79,7 +80,7 @@ class Receiver(ProcessBroker):
                 file.seek(self._read)
                 lines = file.read().rpartition(b"\n")[0]
             if not lines:
-                await anyio.sleep(0.01)
+                await anyio.sleep(0.01)  # why a sleep: the file is another process's, and has no event
                 continue
             self._read += len(lines) + 1
             for line in lines.splitlines():
@@ -558,17 +559,11 @@ def test_a_secret_that_is_none_is_refused_and_not_told(secret: str) -> None:
     ],
 )
 def test_what_somebody_else_sent_is_a_value_error(headers: dict[str, str], body: bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 -- whatever it says
+    with pytest.raises(ValueError, match="was not sent by asyncpg-outbox"):
         received(headers, body)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------
-
-
-async def failures_of(destination: WebhookDispatcher, *batch: Message) -> dict[UUID, BaseException]:
-    with pytest.raises(PartialDispatchError) as caught:
-        await destination.dispatch(*batch)
-    return caught.value.failures
 
 
 async def failure(destination: WebhookDispatcher) -> BaseException:

@@ -696,7 +696,7 @@ class Destination:
 
     async def dispatch(self, *messages):
         print("called", flush=True)
-        await asyncio.sleep(self.waits)
+        await asyncio.sleep(self.waits)  # why a sleep: it is the delivery that takes its time
         print("delivered", *(message.payload for message in messages), flush=True)
 
 
