@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from operator import itemgetter
 from time import monotonic
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -14,11 +15,12 @@ import asyncpg
 from outbox._horizon import LOWEST, Horizon
 from outbox._membership import Membership
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox, affected, position_of
+from outbox._outbox import Connection, Outbox, affected, listed
 from outbox._queries import Queries
 
 _BODY: Final = 5
 """Where in a row of lock_fresh, or of read, the body is."""
+body_of: Final = itemgetter(_BODY)
 SMALLEST_WINDOW: Final = 200
 """Messages that a relay may hold at least, so that small batches are not claimed one by one."""
 WINDOW_BYTES: Final = 16 * 1024 * 1024
@@ -57,10 +59,10 @@ class Claim:
 
     __slots__ = ("outstanding", "size", "upto")
 
-    def __init__(self, upto: int, messages: Sequence[Message]) -> None:
+    def __init__(self, upto: int, rows: Sequence[Any]) -> None:
         self.upto = upto
-        self.outstanding = len(messages)
-        self.size = sum(len(message.body) for message in messages)
+        self.outstanding = len(rows)
+        self.size = sum([len(row[_BODY]) for row in rows])
 
 
 class Batch(NamedTuple):
@@ -72,6 +74,14 @@ class Batch(NamedTuple):
     suspect: Suspect | None = None
     lanes: Sequence[int | None] = ()
     """Which are busy with it, where an order is kept."""
+
+
+class Rows(NamedTuple):
+    """A batch of a claim whose messages are not made yet: that is done while the next claim waits for the database."""
+
+    owner: UUID
+    rows: Sequence[Any]
+    claim: Claim
 
 
 class Postponed(NamedTuple):
@@ -120,7 +130,7 @@ class Settlement:
 
     def delivers(self, batch: Batch, messages: Iterable[Message]) -> None:
         """Adds messages that their destination accepted."""
-        positions = [position_of(message) for message in messages]
+        positions = [message._position or 0 for message in messages]
         (self.delivered if batch.claim else self.delivered_waiting).extend(positions)
         self._settles(batch, len(positions))
 
@@ -149,14 +159,14 @@ async def settle(connection: Connection, queries: Queries, settlement: Settlemen
     owner, mark = settlement.owner, commit is CommitStrategy.MARK
     waiting = settlement.delivered_waiting
     if settlement.delivered:
-        status = await connection.execute(queries.mark if mark else queries.remove, settlement.delivered)
+        status = await connection.execute(queries.mark if mark else queries.remove, listed(settlement.delivered))
         if affected(status) < len(settlement.delivered):
             # Some had been waiting; or this relay was taken for dead and they were moved: not to be delivered again.
             waiting = waiting + settlement.delivered
     if waiting:
-        await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, waiting)
+        await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, listed(waiting))
     if settlement.set_aside:
-        await connection.execute(queries.set_aside, owner, settlement.set_aside)
+        await connection.execute(queries.set_aside, owner, listed(settlement.set_aside))
     if postponed := settlement.postponed:
         await connection.execute(
             queries.postpone,
@@ -255,26 +265,29 @@ class Claims:
         lowest = await connection.fetchval(self._queries.lowest_fresh, LOWEST, last)
         self._cursor = self._start = last if lowest is None else lowest - 1
 
-    async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Batch]:
+    async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Rows]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
         owner, bound = self._membership.owner, self._floor if sweep else self._cursor
         rows = await connection.fetch(self._queries.lock_fresh, bound, room.messages)
-        if any(row["payload"] is None for row in rows):
+        if None in map(body_of, rows):
             rows = await with_large_bodies(connection, self._queries, rows, room.bytes)
         if not rows:
             return []
         positions = [row[0] for row in rows]
-        claimed = await connection.fetchrow(self._queries.record_claim, bound, owner, positions)
+        claimed = await connection.fetchrow(self._queries.record_claim, bound, owner, listed(positions), len(positions))
         self._cursor = max(self._cursor, positions[-1])
         if claimed is None:
             return []
-        if len(claimed["positions"]) < len(rows):
+        if claimed["positions"] is not None:
             mine = set(claimed["positions"])
             rows = [row for row in rows if row[0] in mine]
+        claim = Claim(claimed["upto"], rows)
+        return [Rows(owner, rows[start : start + size], claim) for start in range(0, len(rows), size)]
+
+    def made(self, batch: Rows) -> Batch:
+        """Makes the messages of a batch."""
         stored, codec = Message._stored, self._codec
-        messages = [stored(codec, *row) for row in rows]
-        claim = Claim(claimed["upto"], messages)
-        return [Batch(owner, messages[start : start + size], claim) for start in range(0, len(messages), size)]
+        return Batch(batch.owner, [stored(codec, *row) for row in batch.rows], batch.claim)
 
     async def reconcile(self, connection: Connection, claims: Iterable[int], waiting: Iterable[int]) -> None:
         """Lets go of whatever this relay holds in the table without knowing it: its COMMIT got no answer.
@@ -286,7 +299,7 @@ class Claims:
         """
         rows = await connection.fetch(self._queries.unknown_claims, self._membership.owner, list(claims))
         if positions := [position for row in rows for position in row["positions"]]:
-            await connection.execute(self._queries.set_aside, self._membership.owner, positions)
+            await connection.execute(self._queries.set_aside, self._membership.owner, listed(positions))
             await connection.execute(self._queries.drop_claims, self._membership.owner, [row["upto"] for row in rows])
         await connection.execute(self._queries.let_go, self._membership.owner, list(waiting))
 

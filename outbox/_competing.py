@@ -6,7 +6,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import Final
 
-from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Settlement, Suspect, settle
+from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Rows, Settlement, Suspect, settle
 from outbox._holdings import Holdings
 from outbox._membership import Membership
 from outbox._message import Message
@@ -37,10 +37,11 @@ class Competing:
         self._poll_interval = poll_interval.total_seconds()
         self._claims = Claims(outbox, membership)
         self._holdings = Holdings(batch_size * concurrency)
-        self._ready: deque[Batch] = deque()
-        self._claimed: list[Batch] = []
+        self._ready: deque[Batch | Rows] = deque()
+        self._claimed: list[Batch | Rows] = []
         self._outcomes = Settlement(membership.owner)
         self._unsettled: list[Settlement] = []
+        self._settled_along: list[Settlement] = []
         self._put_back = 0
         """Batches in a row, since the destination has accepted anything."""
         self._in_doubt = False
@@ -55,8 +56,8 @@ class Competing:
 
     @property
     def must_settle(self) -> bool:
-        """Whether outcomes must be settled first: run after a new claim of the same message they would let go of it."""
-        return bool(self._unsettled)
+        """Returns False: a claim settles along all that is known, which saves a transaction."""
+        return False
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
@@ -79,7 +80,15 @@ class Competing:
         return False
 
     async def claim(self, connection: Connection) -> None:
-        """Claims what there is room for; only the COMMIT makes it this relay's, and then `claimed` is called."""
+        """Settles what is known by now, and claims what there is room for.
+
+        Only the COMMIT makes it so, and then `claimed` is called. Settled first: run after a new claim of the same
+        message it would let go of it.
+        """
+        self._close_settlement()
+        self._settled_along = list(self._unsettled)
+        for settlement in self._settled_along:
+            await self.settle(connection, settlement)
         await self._reconcile(connection)
         claims, started = self._claims, monotonic()
         sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
@@ -89,7 +98,7 @@ class Competing:
         if started >= self._next_floor and claims.is_behind:
             await claims.raise_floor(connection)
             self._next_floor = after(started, _FLOOR_INTERVAL)
-        self._claimed = await claims.claim_fresh(connection, self._holdings.room(), self._size, sweep=sweep)
+        self._claimed = [*await claims.claim_fresh(connection, self._holdings.room(), self._size, sweep=sweep)]
         if sweep:
             self._next_sweep = after(started, 0.0)
         if look_for_due:
@@ -101,7 +110,7 @@ class Competing:
         """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
         await self._reconcile(connection)
         room = Room(self._size, self._holdings.room().bytes)
-        self._claimed = await self._claims.claim_fresh(connection, room, self._size, sweep=True)
+        self._claimed = [*await self._claims.claim_fresh(connection, room, self._size, sweep=True)]
         if not self._claimed:
             await self._claim_due(connection, room)
 
@@ -123,16 +132,21 @@ class Competing:
     def claimed(self) -> bool:
         """Has what was claimed ready to go out; returns whether it was anything."""
         self._in_doubt = False
+        along, self._settled_along = self._settled_along, []
+        has_freed = [self.settled(settlement) for settlement in along]
         batches, self._claimed = self._claimed, []
         self._holdings.add(batches)
         self._ready.extend(batches)
-        return bool(batches)
+        return bool(batches) or any(has_freed)
 
     # --- delivering -------------------------------------------------------------------------------------
 
     def take(self) -> Batch | None:
         """Returns the next batch to go out."""
-        return self._ready.popleft() if self._ready else None
+        if not self._ready:
+            return None
+        batch = self._ready.popleft()
+        return batch if isinstance(batch, Batch) else self._claims.made(batch)
 
     def is_mine(self, batch: Batch) -> bool:
         """Says whether this relay still holds what it took."""
@@ -141,10 +155,12 @@ class Competing:
     def delivered(self, batch: Batch, messages: Sequence[Message]) -> None:
         """Notes what the destination accepted."""
         self._put_back = 0
+        self._holdings.answer(len(messages))
         self._outcomes_of(batch).delivers(batch, messages)
 
     def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None:
         """Notes what failed."""
+        self._holdings.answer(len(outcomes))
         self._outcomes_of(batch).fails(batch, outcomes)
 
     def put_back(self, batch: Batch) -> bool:
@@ -163,7 +179,7 @@ class Competing:
         spent = 1 if batch.suspect is Suspect.CRASH else 0
         back = [Postponed(position_of(one), timedelta(), one.attempts - spent, batch.suspect) for one in left]
         if back:
-            self._outcomes_of(batch).fails(batch, back)
+            self.failed(batch, back)
 
     def _outcomes_of(self, batch: Batch) -> Settlement:
         if self._outcomes.owner != batch.owner:  # claimed before, or after, this relay was taken for dead
@@ -175,10 +191,13 @@ class Competing:
 
     def to_settle(self) -> Settlement | None:
         """Returns what is to be settled next."""
+        self._close_settlement()
+        return self._unsettled[0] if self._unsettled else None
+
+    def _close_settlement(self) -> None:
         if self._outcomes.messages:
             self._unsettled.append(self._outcomes)
             self._outcomes = Settlement(self._outcomes.owner)
-        return self._unsettled[0] if self._unsettled else None
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterable
 
-from outbox._claims import SMALLEST_WINDOW, WINDOW_BYTES, Batch, Buried, Postponed, Room, Settlement, Suspect
+from outbox._claims import SMALLEST_WINDOW, WINDOW_BYTES, Batch, Buried, Postponed, Room, Rows, Settlement, Suspect
 from outbox._outbox import position_of
 
 
 class Holdings:
-    """Counts the messages that a relay has claimed and not yet settled.
+    """Counts the messages that a relay has claimed and that are not answered yet, by the destination or otherwise.
 
     Args:
-        in_delivery: How many messages may be with the destination at once; as many again are held ready.
+        in_delivery: How many messages may be with the destination at once. Four times as many are held at most, and
+            half of that is claimed at once: so one half is claimed while the other is delivered.
     """
 
     def __init__(self, in_delivery: int) -> None:
         self.holds_crash_suspect = False
-        self._window = max(SMALLEST_WINDOW, 2 * in_delivery)
+        self._window = max(2 * SMALLEST_WINDOW, 4 * in_delivery)
         self._messages = 0
         # The bytes of each claim of fresh messages, and of each message that waited.
         self._claims: dict[int, int] = {}
@@ -38,25 +39,29 @@ class Holdings:
 
     def room(self) -> Room:
         """Returns how many fresh messages may be claimed."""
-        return Room(self._window - self._messages, WINDOW_BYTES - self._bytes)
+        return Room(min(self._window // 2, self._window - self._messages), WINDOW_BYTES - self._bytes)
 
     def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
         return Room(self._window // 2 - len(self._waiting), WINDOW_BYTES - self._bytes)
 
-    def add(self, batches: Iterable[Batch]) -> None:
+    def add(self, batches: Iterable[Batch | Rows]) -> None:
         """Adds what was just claimed."""
         for batch in batches:
-            self._messages += len(batch.messages)
-            if batch.claim:
+            if isinstance(batch, Rows):
+                self._messages += len(batch.rows)
                 self._claims[batch.claim.upto] = batch.claim.size
             else:
+                self._messages += len(batch.messages)
                 self._waiting |= {position_of(message): len(message.body) for message in batch.messages}
                 self.holds_crash_suspect |= batch.suspect is Suspect.CRASH
 
+    def answer(self, count: int) -> None:
+        """Makes room for as many others: what became of these is about to be settled."""
+        self._messages -= count
+
     def remove(self, settlement: Settlement) -> None:
         """Removes what was settled."""
-        self._messages -= settlement.messages
         for upto in settlement.finished_claims:
             self._claims.pop(upto, None)  # twice the same when the server crashed and forgot the first
         if self._waiting:

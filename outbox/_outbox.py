@@ -34,6 +34,8 @@ else:
     Connection = asyncpg.Connection | PoolConnectionProxy
     Pool = asyncpg.Pool
 
+_NOT_THERE: Final = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError)
+
 # Rows and bytes of one statement. The protocol allows 32,767 parameters, seven for a row, and 1 GB.
 _CHUNK: Final = 4_096
 _CHUNK_BYTES: Final = 64 * 1024 * 1024
@@ -202,10 +204,13 @@ END IF;
     def _surfacing(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError) as error:
-            raise SchemaError(self._remedy(f"is not there ({error})")) from error
         except DRIVER_ERRORS as error:
-            raise OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}") from error
+            raise self._surfaced(what, error) from error
+
+    def _surfaced(self, what: str, error: Exception) -> OutboxError:
+        if isinstance(error, _NOT_THERE):
+            return SchemaError(self._remedy(f"is not there ({error})"))
+        return OutboxError(f"{self!r}: {what}: {type(error).__name__}: {error}")
 
 
 class Outbox(Tables):
@@ -256,10 +261,12 @@ class Outbox(Tables):
             OutboxError: When the database refuses, with the driver's error as its cause.
         """
         statements = self._writing(messages)
-        what = f"cannot write {len(messages)} message(s), the first is {messages[0].id}" if messages else ""
-        with self._surfacing(what):
+        try:  # not `_surfacing`, which takes longer to enter than all the rest
             for statement, arguments in statements:
                 await connection.execute(statement, *arguments)
+        except DRIVER_ERRORS as error:
+            what = f"cannot write {len(messages)} message(s), the first is {messages[0].id}"
+            raise self._surfaced(what, error) from error
 
     def _writing(self, messages: Sequence[Message]) -> Iterable[tuple[str, Sequence[Any]]]:
         """Encodes the messages, and returns the statements that write them, each with its arguments."""
@@ -284,7 +291,9 @@ class Outbox(Tables):
         self, table: Literal["outbox", "waiting"], rows: Sequence[tuple[Any, ...]]
     ) -> Iterator[tuple[str, Sequence[Any]]]:
         for chunk in _chunks(rows):
-            size = 1 << (len(chunk) - 1).bit_length()  # the next power of two
+            # Up to 8 as they are, then four sizes for each power of two.
+            step = 1 << max(0, (len(chunk) - 1).bit_length() - 3)
+            size = -(-len(chunk) // step) * step
             filling = repeat(None, (size - len(chunk)) * len(chunk[0]))
             yield self._queries.insert_many(table, size), (*chain.from_iterable(chunk), *filling)
 
@@ -320,7 +329,7 @@ class Outbox(Tables):
             with self._surfacing("cannot settle"):
                 async with connection.transaction():
                     for statement in statements:
-                        await connection.execute(statement, positions)
+                        await connection.execute(statement, listed(positions))
 
     async def clear(self, connection: Connection) -> None:
         """Deletes every message: pending, waiting, dispatched and dead."""
@@ -398,6 +407,11 @@ def position_of(message: Message) -> int:
     if message.position is None:
         raise ValueError(f"message {message.id} has no position: only messages from retrieve() can be settled")
     return message.position
+
+
+def listed(positions: Iterable[int]) -> str:
+    """Returns positions as the text of an array, as the hot statements take them."""
+    return "{" + ",".join(map(str, positions)) + "}"
 
 
 def affected(status: str) -> int:

@@ -17,6 +17,7 @@ from outbox._claims import (
     Room,
     Settlement,
     Suspect,
+    body_of,
     settle,
     with_large_bodies,
 )
@@ -25,7 +26,7 @@ from outbox._horizon import HIGHEST, LOWEST, Horizon
 from outbox._lanes import Lanes
 from outbox._membership import Membership
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox, position_of
+from outbox._outbox import Connection, Outbox, listed, position_of
 from outbox._pace import START_INTERVAL, after
 from outbox._queries import SLOTS, LaneQueries
 from outbox._slots import Slots, mask_of
@@ -325,7 +326,7 @@ class Owning:
         notes = self._lanes.readings
         await connection.execute(queries.drop_claims_but, owner, [upto for upto, _ in notes])
         for upto, positions in notes:  # a server that crashed may have forgotten them
-            await connection.execute(queries.claim, upto, owner, positions)
+            await connection.execute(queries.claim, upto, owner, listed(positions))
         await connection.execute(self._queries.let_go, owner, self._lanes.waiting)
         await connection.execute(queries.hold_on, owner, self._lanes.waiting)
         self._horizon.reset()
@@ -371,11 +372,11 @@ class Owning:
             self._lane_queries.read, mask_of(slots), self._cursor, bound, in_hand, room.messages
         )
         rows: Sequence[Any] = found
-        if any(row["payload"] is None for row in found):
+        if None in map(body_of, found):
             rows = await with_large_bodies(connection, self._queries, found, room.bytes)
         if rows:
             positions = [row[0] for row in rows]
-            if not await connection.fetchval(self._lane_queries.claim, positions[-1], reading.owner, positions):
+            if not await connection.fetchval(self._lane_queries.claim, positions[-1], reading.owner, listed(positions)):
                 return
             reading.rows = rows
         is_complete = len(rows) == len(found) < room.messages

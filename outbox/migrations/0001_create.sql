@@ -68,4 +68,9 @@ CREATE TABLE {claims} (
     upto      bigint   NOT NULL PRIMARY KEY,
     owner     uuid     NOT NULL,
     positions bigint[] NOT NULL
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0);
+) WITH (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 500, autovacuum_vacuum_cost_delay = 0,
+    toast_tuple_target = 8160
+);
+-- A claim lives for milliseconds: to compress it costs more than all the rest of claiming.
+ALTER TABLE {claims} ALTER COLUMN positions SET STORAGE EXTERNAL;

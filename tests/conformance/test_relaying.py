@@ -226,7 +226,7 @@ async def test_with_4_messages_in_chunks_of_3_it_settles_twice(
         await write(pool, outbox, *numbered(4))
         relay = Relay(outbox, pool, CollectingDispatcher(), batch_size=3)
         assert [await relay.run_once() for _ in range(3)] == [3, 1, 0]
-    assert [len(positions) for (positions,) in executed.arguments(settle)] == [3, 1]
+    assert [positions.count(",") + 1 for (positions,) in executed.arguments(settle)] == [3, 1]
     assert (await outbox.counts(connection)).total == 0
 
 
