@@ -261,9 +261,11 @@ class Claims:
         self._floor = LOWEST
         self._horizon.reset()
         self._due.restart()
-        last = await connection.fetchval(self._queries.last_position)
+        last = await self._observe(connection)
         lowest = await connection.fetchval(self._queries.lowest_fresh, LOWEST, last)
         self._cursor = self._start = last if lowest is None else lowest - 1
+        if self._horizon.bound > LOWEST:  # seen before the look: so this one need not be done again for the floor
+            self._floor = min(self._horizon.bound, self._cursor)
 
     async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Rows]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
@@ -347,9 +349,14 @@ class Claims:
 
         The horizon says how far all messages are there to be seen.
         """
-        last = await connection.fetchval(self._queries.last_position)
-        self._horizon.observe(last, dict(await connection.fetch(self._queries.writers)), monotonic())
+        await self._observe(connection)
         if (bound := self._horizon.bound) > self._floor:
             lowest = await connection.fetchval(self._queries.lowest_fresh, self._floor, bound)
             self._floor = max(self._floor, bound if lowest is None else lowest - 1)
             self._cursor = max(self._cursor, self._floor)
+
+    async def _observe(self, connection: Connection) -> int:
+        """Lets the horizon rise, and returns the last position that was given out."""
+        last: int = await connection.fetchval(self._queries.last_position)
+        self._horizon.observe(last, dict(await connection.fetch(self._queries.writers)), monotonic())
+        return last

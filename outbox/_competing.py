@@ -54,10 +54,9 @@ class Competing:
         """Whether there is no need yet to claim more."""
         return self._holdings.is_half_full
 
-    @property
-    def must_settle(self) -> bool:
-        """Returns False: a claim settles along all that is known, which saves a transaction."""
-        return False
+    must_settle = False
+    settles_along = True
+    """A claim settles all that is known by then, first of all and in the same transaction."""
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
@@ -129,15 +128,15 @@ class Competing:
             self._claimed.append(suspect)
         return more
 
-    def claimed(self) -> bool:
-        """Has what was claimed ready to go out; returns whether it was anything."""
+    def claimed(self) -> int:
+        """Has what was claimed ready to go out; returns how many messages that are."""
         self._in_doubt = False
         along, self._settled_along = self._settled_along, []
-        has_freed = [self.settled(settlement) for settlement in along]
+        for settlement in along:
+            self.settled(settlement)
         batches, self._claimed = self._claimed, []
-        self._holdings.add(batches)
         self._ready.extend(batches)
-        return bool(batches) or any(has_freed)
+        return self._holdings.add(batches)
 
     # --- delivering -------------------------------------------------------------------------------------
 

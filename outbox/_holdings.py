@@ -45,8 +45,9 @@ class Holdings:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
         return Room(self._window // 2 - len(self._waiting), WINDOW_BYTES - self._bytes)
 
-    def add(self, batches: Iterable[Batch | Rows]) -> None:
-        """Adds what was just claimed."""
+    def add(self, batches: Iterable[Batch | Rows]) -> int:
+        """Adds what was just claimed; returns how many messages that are."""
+        before = self._messages
         for batch in batches:
             if isinstance(batch, Rows):
                 self._messages += len(batch.rows)
@@ -55,6 +56,7 @@ class Holdings:
                 self._messages += len(batch.messages)
                 self._waiting |= {position_of(message): len(message.body) for message in batch.messages}
                 self.holds_crash_suspect |= batch.suspect is Suspect.CRASH
+        return self._messages - before
 
     def answer(self, count: int) -> None:
         """Makes room for as many others: what became of these is about to be settled."""

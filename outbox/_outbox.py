@@ -282,10 +282,12 @@ class Outbox(Tables):
         if not isinstance(message, Message):
             raise TypeError(f"only a Message can be written, not {type(message).__name__}: nothing was written")
         headers, body = message._encode(self.codec)
-        recorded_at = message.recorded_at or (
-            message._aware("the clock's time", self._clock()) if self._clock else None
-        )
-        return message.id, message.topic, message.key, headers, body, recorded_at, message.due_at
+        recorded_at = message._recorded_at
+        if recorded_at is None:
+            recorded_at = message._aware("the clock's time", self._clock()) if self._clock else None
+        else:
+            recorded_at = message.recorded_at  # from a table it is bytes
+        return message._id, message._topic, message._key, headers, body, recorded_at, message._due_at
 
     def _inserts(
         self, table: Literal["outbox", "waiting"], rows: Sequence[tuple[Any, ...]]

@@ -279,6 +279,8 @@ class Owning:
         """Whether outcomes must be settled first: what is about to wait has to be seen by whoever looks for it."""
         return bool(self._unsettled or self._outcomes.postponed or self._outcomes.buried)
 
+    settles_along = False
+
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
         self._doubts += 1
@@ -464,11 +466,11 @@ class Owning:
             self._next_due = 0.0
         self._next_departed = after(started, _DEPARTED_SECONDS)
 
-    def claimed(self) -> bool:
-        """Queues what was read, each message in its lane; returns whether it was anything."""
+    def claimed(self) -> int:
+        """Queues what was read, each message in its lane; returns how many messages that are."""
         reading, self._reading = self._reading, None
         if reading is None or self._must_begin:
-            return False
+            return 0
         self._known = reading.doubt
         self._tell_slots()  # which were read anew, if they were in doubt
         self._cursor = reading.cursor
@@ -476,7 +478,7 @@ class Owning:
         self._note_lanes(reading)
         self._queue_waiting(reading)
         self._queue_fresh(reading)  # which comes behind, when no other of its lane is waiting any more
-        return bool(reading.rows or reading.free or reading.in_lanes or reading.suspect)
+        return len(reading.rows) + len(reading.free) + len(reading.in_lanes) + bool(reading.suspect)
 
     def _note_lanes(self, reading: _Reading) -> None:
         if reading.departed:

@@ -280,7 +280,7 @@ async def test_positions_that_a_crash_gives_out_anew_are_delivered(own_server: S
             await write(quick[0], outbox, *range(200))
             await destination.has_accepted(known + 200)
             before: int = await pool.fetchval("SELECT last_value FROM outbox_position")
-            await floors.until(lambda seen: seen[-1] >= before)
+            await floors.until(lambda seen: bool(seen) and seen[-1] >= before)
             await crash(server)
             after: int = await pool.fetchval("SELECT last_value FROM outbox_position")
             return after < before - 100
