@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
+.PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-full bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,8 +38,11 @@ coverage: .venv  ## Run the tests and show which lines they never reach
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-bench: .venv  ## Measure it against the same work written by hand, as ratios; about a minute
-	@$(BIN)/python benchmarks/bench.py
+bench: .venv  ## Measure it beside the work written by hand, pgbench and five other packages; about three minutes
+	@$(BIN)/python -m benchmarks.bench --short
+
+bench-full: .venv  ## The same with the whole matrix, into docs/benchmarks; about 25 minutes
+	@$(BIN)/python -m benchmarks.bench
 
 bench-order: .venv  ## Measure what an order costs, with 1, 2 and 4 relay processes; about four minutes
 	@$(BIN)/python benchmarks/order.py
@@ -54,7 +57,7 @@ test-matrix: .venv  ## Run the tests on PostgreSQL 14 to 18, and on Python 3.11 
 	@$(BIN)/python tests/matrix.py --python 3.11 3.12 3.13
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .matrix .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
+	rm -rf .venv .bench .cache .coverage .coverage.* .hypothesis .import_linter_cache .matrix .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
 
 # Two programs that are no Python packages: one promise is kept through PgBouncer, and libfaketime sets the clock of a
 # server. Root installs them; others skip that test, and that fault.

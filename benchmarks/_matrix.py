@@ -1,0 +1,351 @@
+"""The matrix: what is measured, in groups of cells."""
+
+from __future__ import annotations  # the driver's classes are generic for the type checker alone
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Final
+
+from benchmarks._figures import is_peer
+from benchmarks._pgbench import SCRIPTS
+from benchmarks._rounds import SIZE, AnySide, Cell, Peers, Rounds, Who
+from benchmarks._sides import ROOT, MissingError, Running, SideError, Turn, environment
+from benchmarks.sides import _work
+
+_ENDLESS: Final = 1 << 40
+"""More messages than there are: a drain ends by its time."""
+_USUAL_BATCH: Final = 100
+_LARGEST_BATCH: Final = 1_000
+_PEERS_COUNT: Final = 10
+_OURS_ALONE: Final = ((10, 8), (10, 32))
+"""Messages and connections of what would take too long with every side."""
+_RARELY: Final = 20
+_BROKER: Final = 0.01
+"""Seconds that a batch takes where the peers are compared too."""
+_SOME: Final = 100_000
+_IMPORTS: Final = ("pass", "import asyncpg, anyio, orjson", "import outbox")
+_STEADY: Final = {"duration": "s", "p50": "ms", "p99": "ms", "left at the end": "messages"}
+
+
+def write(rounds: Rounds) -> list[Cell]:
+    """Writing, while no relay is at work; and beside one that is woken."""
+    loads = [(1, 1, 300), (10, 1, 300), (100, 1, 300)]
+    if rounds.plan.every:
+        loads += [(10, 8, 300), (1, 32, 300), (10, 32, 300), (1, 1, 2_000), (100, 1, 2_000)]
+    return [_write(rounds, *load) for load in loads] + [_write_beside(rounds)]
+
+
+def _write(rounds: Rounds, count: int, connections: int, size: int) -> Cell:
+    work = f"{count} in a transaction, {connections} connection{'s' * (connections > 1)}, {size:,} B"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        await rounds.emptied(side)
+        load = {"per_transaction": count, "connections": connections, "size": size}
+        turn = await side.ask("write", seconds=rounds.seconds / 2, variant=variant, **load)
+        pending = (await side.ask("rows")).answer["pending"]
+        if pending != turn.count:
+            raise SideError(f"{side.name} wrote {turn.count:,} messages, and there are {pending:,}")
+        return {work: turn.answer}
+
+    loops = ["default", *["uvloop"] * (rounds.plan.every and (connections, size) == (1, SIZE))]
+    # What a peer sets for its relay has no part in this.
+    wanted = (count, connections) == (_PEERS_COUNT, 1) or (
+        rounds.plan.every and (count, connections) not in _OURS_ALONE
+    )
+    return Cell("write", {work: "messages/s"}, rounds.turns(*loops, by_hand=loops, peers=_if(wanted)), measure)
+
+
+def _if(wanted: bool) -> Peers:  # noqa: FBT001 -- it reads as a condition
+    return "fastest" if wanted else "none"
+
+
+def _write_beside(rounds: Rounds) -> Cell:
+    work = "1 in a transaction, 32 connections, a relay in the same process"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        await rounds.emptied(side)
+        turn = await side.ask("write_beside", seconds=2 * rounds.seconds, connections=32, variant=variant)
+        return {work: turn.answer}
+
+    return Cell("wake-up", {work: "messages/s"}, rounds.turns("polling", "default", "notifier"), measure)
+
+
+def drain(rounds: Rounds) -> list[Cell]:
+    """Draining by one relay; by four; a backlog of a million."""
+    cells = [_drain(rounds, batch) for batch in (1, 10, _USUAL_BATCH, _LARGEST_BATCH)]
+    if rounds.plan.deep:
+        cells.append(_deep(rounds))
+    if rounds.plan.every:
+        cells += [_relays(rounds), *_keys(rounds)]
+    return cells
+
+
+def _drain(rounds: Rounds, batch: int) -> Cell:
+    work = f"batch {batch:,}"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        # In the short form a peer does with less: it takes long to fill, and is not through with it.
+        few = is_peer(side.key) and not rounds.plan.every
+        have = await rounds.filled(side, variant, rounds.plan.backlog // (4 if few else 1))
+        if side.key == "pgbench":
+            have = min(have, _SOME // 2)  # it knows no time, and need not drain all of it
+        turn = await side.ask("drain", seconds=rounds.drain, messages=have, batch=batch, variant=variant)
+        await rounds.accounted(side, turn)
+        return {work: turn.answer}
+
+    every, usual = rounds.plan.every, batch == _USUAL_BATCH
+    ours = ["default", *["uvloop"] * every, *["mark"] * (every and usual)]
+    by_hand = ["default", *["uvloop"] * every]
+    peers: Peers = "all" if every and usual else _if(every or usual)
+    pgbench = [("pgbench", script) for script in SCRIPTS] * (batch == _LARGEST_BATCH)
+    turns = rounds.turns(*ours, by_hand=by_hand, peers=peers) + pgbench
+    return Cell("drain", {work: "messages/s"}, turns, measure)
+
+
+def _deep(rounds: Rounds) -> Cell:
+    works = [f"{size:,} pending" for size in (rounds.plan.backlog, rounds.plan.deep)]
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        figures = {}
+        for work, one, size in zip(
+            works, (side, await rounds.elsewhere(side)), (rounds.plan.backlog, rounds.plan.deep), strict=True
+        ):
+            await rounds.filled(one, variant, size, least=0.8)
+            load = {"messages": _SOME, "batch": 100, "variant": variant}
+            turn = await one.ask("drain", seconds=rounds.drain, **load)
+            await rounds.accounted(one, turn)
+            figures[work] = turn.answer
+        return figures
+
+    return Cell("backlog", dict.fromkeys(works, "messages/s"), rounds.turns("default", peers="fastest"), measure, 3)
+
+
+def _relays(rounds: Rounds) -> Cell:
+    work = "4 relays, each a process"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        # A peer that would empty the usual backlog in that time is told so, and has no figure.
+        wanted = rounds.plan.backlog * (1 if is_peer(side.key) else 2)
+        await rounds.filled(side, variant, wanted, least=0.9)
+        load = {"messages": _ENDLESS, "batch": 100, "variant": variant}
+        asked = [one.ask("drain", seconds=rounds.drain, **load) for one in await rounds.siblings(side, 4)]
+        # All answer before one error counts: an answer nobody reads would be taken for that of the next question.
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        turns = [answer for answer in answers if isinstance(answer, Turn)]
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        if not await rounds.accounted(side, *turns):
+            raise SideError(f"{side.name} emptied the backlog before the time was over: the figure means nothing")
+        return {work: sum(turn.answer for turn in turns)}
+
+    return Cell(
+        "relays", {work: "messages/s"}, rounds.turns("default", by_hand=["default"], peers="fastest"), measure, 3
+    )
+
+
+def _keys(rounds: Rounds) -> list[Cell]:
+    return [_ordered(rounds, keys, order=order) for keys, order in ((1_000, False), (1_000, True), (20, True))]
+
+
+def _ordered(rounds: Rounds, keys: int, *, order: bool) -> Cell:
+    work = f"{keys:,} keys, {'in the order of a key' if order else 'no order'}"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        have = await rounds.filled(side, variant, rounds.plan.backlog, keys=keys)
+        load = {"messages": have, "batch": 100, "variant": variant, "order": order}
+        turn = await side.ask("drain", seconds=rounds.drain, **load)
+        await rounds.accounted(side, turn)
+        return {work: turn.answer}
+
+    return Cell("keys", {work: "messages/s"}, rounds.turns("default", peers="fastest"), measure, 3)
+
+
+def slow(rounds: Rounds) -> list[Cell]:
+    """A destination that takes its time for each call."""
+    return [_slow(rounds, pause) for pause in ((0.002, _BROKER) if rounds.plan.every else (_BROKER,))]
+
+
+def _slow(rounds: Rounds, pause: float) -> Cell:
+    work = f"a destination of {pause * 1000:.0f} ms"
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        have = await rounds.filled(side, variant, rounds.plan.backlog)
+        load = {"messages": have, "batch": 100, "variant": variant, "pause": pause}
+        turn = await side.ask("drain", seconds=rounds.drain, **load)
+        await rounds.accounted(side, turn)
+        return {work: turn.answer}
+
+    turns = rounds.turns(
+        "default", "concurrent", by_hand=["default", "uvloop"], peers=_if(rounds.plan.every and pause == _BROKER)
+    )
+    return Cell("slow", {work: "messages/s"}, turns, measure)
+
+
+def latency(rounds: Rounds) -> list[Cell]:
+    """From the commit to the destination."""
+    return [_latency(rounds, per_second) for per_second in ((_RARELY, 400) if rounds.plan.every else (400,))]
+
+
+def _latency(rounds: Rounds, per_second: int) -> Cell:
+    works = [f"{per_second}/s, {part}" for part in ("p50", "p99")]
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        await rounds.emptied(side)
+        seconds = 1.5 * rounds.seconds
+        turn = await side.ask("latency", per_second=per_second, seconds=seconds, variant=variant)
+        wanted = int(per_second * seconds)
+        if len(turn.answer) < wanted:
+            raise SideError(f"{side.name} delivered {len(turn.answer):,} of {wanted:,} in time")
+        # The first ones wait for statements that are prepared: nobody's latency after a second.
+        return dict(zip(works, _percentiles(turn.answer[wanted // 4 :]), strict=True))
+
+    often = per_second > _RARELY
+    ours = ["default", "notifier", *["uvloop", "polling"] * (rounds.plan.every and often)]
+    turns = rounds.turns(
+        *ours, by_hand=["default"] * rounds.plan.every, peers=_if(rounds.plan.every), waking=rounds.plan.every
+    )
+    return Cell("latency", dict.fromkeys(works, "ms"), turns, measure, None if often else 3)
+
+
+def _percentiles(latencies: list[float]) -> tuple[float, float]:
+    return median(latencies), quantiles(latencies, n=100)[98]
+
+
+def dead(rounds: Rounds) -> list[Cell]:
+    """Beside rows that are dead, and that no vacuum can remove because somebody holds a snapshot."""
+    cells = [_dead(rounds, rounds.turns("default"), rounds.plan.dead, rounds.plan.rounds)]
+    if rounds.plan.every:
+        cells.append(_dead(rounds, rounds.turns(by_hand=["default"], peers="fastest"), rounds.plan.backlog // 2, 1))
+    return cells
+
+
+def _dead(rounds: Rounds, turns: list[Who], rows: int, repeated: int) -> Cell:
+    some = min(_SOME, rounds.plan.backlog // 2, rows)
+    works = {"no dead rows": "messages/s", "beside dead rows": "messages/s", "dead rows": "rows"}
+
+    async def part(side: AnySide, variant: str, messages: int, seconds: float, batch: int = 100) -> Turn:
+        turn = await side.ask("drain", seconds=seconds, messages=messages, batch=batch, variant=variant)
+        await rounds.accounted(side, turn)
+        return turn
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        await rounds.filled(side, variant, rows + 3 * some, least=1)
+        async with _snapshot(side.dsn):
+            first = await part(side, variant, some, rounds.drain)
+            # A slow side would take minutes for all of them, so it is told how many it made.
+            more = await part(side, variant, rows - first.count, 6, batch=1_000)
+            last = await part(side, variant, some, rounds.drain)
+        return dict(zip(works, (first.answer, last.answer, first.count + more.count), strict=True))
+
+    return Cell("dead", works, turns, measure, repeated)
+
+
+@asynccontextmanager
+async def _snapshot(dsn: str) -> AsyncIterator[None]:
+    """Holds one, as a forgotten transaction does, until the block ends."""
+    async with _work.connected(dsn, 1) as (connection,), connection.transaction(isolation="repeatable_read"):
+        # Not the table of messages: that would keep it from being truncated.
+        await connection.fetchval("SELECT count(*) FROM orders")
+        yield
+
+
+def steady(rounds: Rounds) -> list[Cell]:
+    """Traffic for minutes, with and without a snapshot held all the time."""
+    if not rounds.plan.steady:
+        return []
+    return [_steady(rounds, held=held) for held in (False, True)]
+
+
+def _steady(rounds: Rounds, *, held: bool) -> Cell:
+    seconds = rounds.plan.steady
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        await rounds.emptied(side)
+        load = {"per_second": 3_000, "per_transaction": 10, "seconds": seconds}
+        async with _snapshot(side.dsn) if held else nullcontext():
+            turn = await side.ask("latency", variant=variant, **load)
+            left = (await side.ask("rows")).answer["pending"]
+        return dict(zip(_STEADY, (seconds, *_percentiles(turn.answer), left), strict=True))
+
+    return Cell("held" if held else "steady", _STEADY, rounds.turns("default"), measure, 1)
+
+
+def memory(rounds: Rounds) -> list[Cell]:
+    """What a relay's process takes, idle and amid a large backlog."""
+    if not rounds.plan.deep:
+        return []
+    works = {"idle": "MB", f"{rounds.plan.deep:,} pending": "MB"}
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        if not isinstance(side, Running):
+            raise MissingError("it has no relay")
+        figures = []
+        for messages in (0, rounds.plan.deep):
+            await side.ask("fill", messages=messages, keys=0, size=SIZE)
+            fresh = await side.sibling()
+            try:
+                figures.append(await _most(fresh, variant))
+            finally:
+                await fresh.stop()
+        await rounds.emptied(side)
+        return dict(zip(works, figures, strict=True))
+
+    return [Cell("memory", works, rounds.turns("default"), measure, 1)]
+
+
+async def _most(side: Running, variant: str) -> float:
+    """Returns the most memory that a process had during a drain, in MB.
+
+    The destination is slow, so that what the harness itself remembers of the deliveries weighs nothing.
+    """
+    load = {"seconds": 4, "messages": _ENDLESS, "batch": 100, "variant": variant, "pause": 0.05}
+    draining, most = asyncio.ensure_future(side.ask("drain", **load)), 0
+    while not draining.done():
+        most = max(most, _resident(side.pid))
+        await asyncio.sleep(0.05)
+    await draining
+    return most / 1024
+
+
+def _resident(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+def imports(rounds: Rounds) -> list[Cell]:
+    """How long the import of the library takes, in a new process."""
+    python = environment("ours")
+
+    async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
+        del side, variant
+        return {code: await _seconds(str(python), code) * 1000 for code in _IMPORTS}
+
+    return [
+        Cell("import", dict.fromkeys(_IMPORTS, "ms"), rounds.turns("default"), measure, 10 if rounds.plan.every else 3)
+    ]
+
+
+async def _seconds(python: str, code: str) -> float:
+    started = perf_counter()
+    process = await asyncio.create_subprocess_exec(python, "-c", code, cwd=ROOT)
+    if await process.wait():
+        raise SideError(f"python -c {code!r} failed")
+    return perf_counter() - started
+
+
+GROUPS: Final[Mapping[str, Callable[[Rounds], list[Cell]]]] = {
+    "write": write,
+    "drain": drain,
+    "slow": slow,
+    "latency": latency,
+    "dead": dead,
+    "steady": steady,
+    "memory": memory,
+    "import": imports,
+}
+"""Names that `--only` takes, and what makes their cells."""

@@ -1,0 +1,1 @@
+"""Whoever does the work that is measured, one file each."""
