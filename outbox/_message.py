@@ -1,6 +1,7 @@
 """The one thing that flows: `Message`."""
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -328,7 +329,8 @@ class Message:
 
 _RANDOM: Final[list[int]] = []
 """80 random bits each: to ask the system for them costs half of what a whole message costs."""
-os.register_at_fork(after_in_child=_RANDOM.clear)  # or parent and child would use the same ones
+if sys.platform != "win32":  # which has no fork: parent and child would use the same ones
+    os.register_at_fork(after_in_child=_RANDOM.clear)
 
 
 def uuid7() -> UUID:

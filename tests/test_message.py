@@ -4,6 +4,8 @@ from __future__ import annotations  # the driver's classes are generic for the t
 
 import copy
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
@@ -78,6 +80,23 @@ def test_all_other_bits_of_an_id_are_random() -> None:
     assert len(random) == 74
     # The odds of one of them being the same 2000 times are 1 in 2 ** 1999.
     assert all({one >> bit & 1 for one in ids} == {0, 1} for bit in random)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+def test_a_process_that_was_forked_gives_other_ids_than_its_parent() -> None:
+    script = """
+import os
+from outbox import Message
+Message(0, topic="t")
+reader, writer = os.pipe()
+if not os.fork():
+    os.write(writer, Message(1, topic="t").id.bytes)
+    os._exit(0)
+os.wait()
+print(os.read(reader, 16)[8:] == Message(2, topic="t").id.bytes[8:])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_an_id_that_was_given_is_kept() -> None:
