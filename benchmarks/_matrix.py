@@ -88,9 +88,7 @@ def _drain(rounds: Rounds, batch: int) -> Cell:
     work = f"batch {batch:,}"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        # In the short form a peer does with less: it takes long to fill, and is not through with it.
-        few = is_peer(side.key) and not rounds.plan.every
-        have = await rounds.filled(side, variant, rounds.plan.backlog // (4 if few else 1))
+        have = await rounds.filled(side, variant, _backlog(rounds, side))
         if side.key == "pgbench":
             have = min(have, _SOME // 2)  # it knows no time, and need not drain all of it
         turn = await side.ask("drain", seconds=rounds.drain, messages=have, batch=batch, variant=variant)
@@ -98,12 +96,17 @@ def _drain(rounds: Rounds, batch: int) -> Cell:
         return {work: turn.answer}
 
     every, usual = rounds.plan.every, batch == _USUAL_BATCH
-    ours = ["default", *["uvloop"] * every, *["mark"] * (every and usual)]
-    by_hand = ["default", *["uvloop"] * every]
+    loops = ["default", *["uvloop"] * (every and batch >= _USUAL_BATCH)]
+    ours, by_hand = [*loops, *["mark"] * (every and usual)], loops
     peers: Peers = "all" if every and usual else _if(every or usual)
     pgbench = [("pgbench", script) for script in SCRIPTS] * (batch == _LARGEST_BATCH)
     turns = rounds.turns(*ours, by_hand=by_hand, peers=peers) + pgbench
     return Cell("drain", {work: "messages/s"}, turns, measure)
+
+
+def _backlog(rounds: Rounds, side: AnySide) -> int:
+    """Returns how many a side has before it: a peer takes long to fill, and is not through with less."""
+    return rounds.plan.backlog // (4 if is_peer(side.key) else 1)
 
 
 def _deep(rounds: Rounds) -> Cell:
@@ -121,7 +124,7 @@ def _deep(rounds: Rounds) -> Cell:
             figures[work] = turn.answer
         return figures
 
-    return Cell("backlog", dict.fromkeys(works, "messages/s"), rounds.turns("default", peers="fastest"), measure, 3)
+    return Cell("backlog", dict.fromkeys(works, "messages/s"), rounds.turns("default"), measure, 3)
 
 
 def _relays(rounds: Rounds) -> Cell:
@@ -129,7 +132,7 @@ def _relays(rounds: Rounds) -> Cell:
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         # A peer that would empty the usual backlog in that time is told so, and has no figure.
-        wanted = rounds.plan.backlog * (1 if is_peer(side.key) else 2)
+        wanted = 2 * _backlog(rounds, side)
         await rounds.filled(side, variant, wanted, least=0.9)
         load = {"messages": _ENDLESS, "batch": 100, "variant": variant}
         asked = [one.ask("drain", seconds=rounds.drain, **load) for one in await rounds.siblings(side, 4)]
@@ -156,7 +159,7 @@ def _ordered(rounds: Rounds, keys: int, *, order: bool) -> Cell:
     work = f"{keys:,} keys, {'in the order of a key' if order else 'no order'}"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        have = await rounds.filled(side, variant, rounds.plan.backlog, keys=keys)
+        have = await rounds.filled(side, variant, _backlog(rounds, side), keys=keys)
         load = {"messages": have, "batch": 100, "variant": variant, "order": order}
         turn = await side.ask("drain", seconds=rounds.drain, **load)
         await rounds.accounted(side, turn)
@@ -174,7 +177,7 @@ def _slow(rounds: Rounds, pause: float) -> Cell:
     work = f"a destination of {pause * 1000:.0f} ms"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        have = await rounds.filled(side, variant, rounds.plan.backlog)
+        have = await rounds.filled(side, variant, _backlog(rounds, side))
         load = {"messages": have, "batch": 100, "variant": variant, "pause": pause}
         turn = await side.ask("drain", seconds=rounds.drain, **load)
         await rounds.accounted(side, turn)

@@ -147,7 +147,7 @@ class Settlement:
 
     def _settles(self, batch: Batch, count: int) -> None:
         self.messages += count
-        self.crash_suspects += batch.suspect is Suspect.CRASH
+        self.crash_suspects += batch.suspect is Suspect.CRASH and count > 0
         if batch.claim:
             batch.claim.outstanding -= count
             if not batch.claim.outstanding:

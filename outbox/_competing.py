@@ -84,8 +84,11 @@ class Competing:
         Only the COMMIT makes it so, and then `claimed` is called. Settled first: run after a new claim of the same
         message it would let go of it.
         """
+        await self._wait_for_own(connection)
         self._close_settlement()
         self._settled_along = list(self._unsettled)
+        if self._settled_along:
+            await self._membership.hold(connection)
         for settlement in self._settled_along:
             await self.settle(connection, settlement)
         await self._reconcile(connection)
@@ -107,16 +110,20 @@ class Competing:
 
     async def claim_one(self, connection: Connection) -> None:
         """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
+        await self._wait_for_own(connection)
         await self._reconcile(connection)
         room = Room(self._size, self._holdings.room().bytes)
         self._claimed = [*await self._claims.claim_fresh(connection, room, self._size, sweep=True)]
         if not self._claimed:
             await self._claim_due(connection, room)
 
+    async def _wait_for_own(self, connection: Connection) -> None:
+        if self._in_doubt:
+            await self._membership.wait_for_own(connection)
+
     async def _reconcile(self, connection: Connection) -> None:
         """Lets go of what the last claim, its outcome unknown, may have left."""
         if self._in_doubt:
-            await self._membership.wait_for_own(connection)
             await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
         self._in_doubt = True
 
@@ -129,14 +136,13 @@ class Competing:
         return more
 
     def claimed(self) -> int:
-        """Has what was claimed ready to go out; returns how many messages that are."""
+        """Has what was claimed ready to go out; returns how many messages that are, or 1 when others may be claimed."""
         self._in_doubt = False
         along, self._settled_along = self._settled_along, []
-        for settlement in along:
-            self.settled(settlement)
+        has_freed = [self.settled(settlement) for settlement in along]
         batches, self._claimed = self._claimed, []
         self._ready.extend(batches)
-        return self._holdings.add(batches)
+        return self._holdings.add(batches) or int(any(has_freed))
 
     # --- delivering -------------------------------------------------------------------------------------
 

@@ -279,7 +279,7 @@ class Message:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"message {self._id}: {name} has a lone surrogate, no UTF-8: {value!r}") from error
-        return value
+        return value if type(value) is str else str.__str__(value)  # a member of a StrEnum is no name for JSON
 
     def _checked(self, headers: Mapping[str, str]) -> Mapping[str, str]:
         if headers is _NO_HEADERS:

@@ -555,9 +555,11 @@ class Owning:
 
     def failed(self, batch: Batch, outcomes: Sequence[Postponed | Buried]) -> None:
         """Notes what failed, and has what follows in its lane fall in behind it."""
-        if not self.is_mine(batch):
+        if not outcomes or not self.is_mine(batch):
             return
         self._outcomes.crash_suspects += batch.suspect is Suspect.CRASH
+        # By lane, what is about to wait already: who comes later stands behind it.
+        ahead = {one.lane: one.position for one in self._outcomes.postponed if one.lane is not None}
         heads: set[int] = set()
         for outcome in sorted(outcomes, key=lambda outcome: outcome.position):
             lane = self._lanes.held[outcome.position]._lane
@@ -567,7 +569,9 @@ class Owning:
                 self._fail(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
             elif isinstance(outcome, Buried):
                 self._bury(outcome, lane)
-            elif lane in heads:  # no attempt of its own: with a head before it, it could not but fail
+            elif (
+                lane in heads or ahead.get(lane, HIGHEST) < outcome.position
+            ):  # no attempt of its own: with a head before it, it could not but fail
                 attempts = self._lanes.held[outcome.position].attempts
                 self._fail(outcome._replace(delay=None, attempts=attempts, suspect=None, lane=lane))
             else:
@@ -650,7 +654,7 @@ class Owning:
 
         Only the COMMIT makes it so, and then `settled` is called.
         """
-        if self._is_stale:
+        if self._is_stale or settlement.owner != self._membership.owner:
             return
         epochs = self._slots.epochs
         # And one more, for being alive: a relay that owns nothing may be dead as well.

@@ -116,6 +116,9 @@ class Queries:
         # next statements see it.
         self.lock_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR UPDATE"
 
+        # Renewing the lease goes on beside this.
+        self.hold_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE"
+
         # In one simple query, which takes no arguments: the name is one of our own.
         self.wait_for_own = f"""
             SAVEPOINT own;
@@ -579,10 +582,12 @@ class LaneQueries:
             AND (lane IS NULL OR NOT EXISTS (
                 SELECT FROM {waiting} AS e WHERE e.lane = first.lane AND e.position < first.position))""")
 
+        # Heads only: behind one that is not due, any number of others must not be in the way.
         self.due_lanes = f"""
-            SELECT lane FROM {waiting}
+            SELECT lane FROM {waiting} AS head
             WHERE lane IS NOT NULL AND due_at <= statement_timestamp() AND owner IS NULL
                 AND suspect IS DISTINCT FROM 'crash' AND {mine("$1")}
+                AND NOT EXISTS (SELECT FROM {waiting} AS e WHERE e.lane = head.lane AND e.position < head.position)
             ORDER BY due_at, position LIMIT $2"""
 
         # The next of each lane, $3 at most, no more than reach $4 bytes together, and none beyond $5: the head alone

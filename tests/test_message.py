@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 from uuid import RFC_4122, UUID, uuid4
@@ -127,6 +128,17 @@ def test_no_field_can_be_set_or_deleted(field: str) -> None:
 def test_no_new_field_can_be_added() -> None:
     with pytest.raises(AttributeError):
         a_message().tenant = 1  # type: ignore[attr-defined]  # the point
+
+
+async def test_texts_that_are_members_of_an_enum_are_stored_as_what_they_say(
+    connection: asyncpg.Connection[Any], outbox: Outbox
+) -> None:
+    class Name(StrEnum):
+        TENANT = "tenant"
+
+    message = a_message(headers={Name.TENANT: Name.TENANT}, topic=Name.TENANT, key=Name.TENANT)
+    (read,) = await stored(connection, outbox, message)
+    assert (read.headers, read.topic, read.key) == ({"tenant": "tenant"}, "tenant", "tenant")
 
 
 def test_headers_are_read_only() -> None:

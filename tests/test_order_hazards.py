@@ -177,6 +177,24 @@ async def test_the_dead_settle_nothing_even_if_they_own_nothing(
     assert await heir.work() == list(range(1, 301))
 
 
+async def test_what_a_former_incarnation_had_to_settle_does_not_make_the_new_one_stale(
+    connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
+) -> None:
+    lost, heir = await hands(outbox, await connect()), await hands(outbox, await connect())
+    await write(outbox, connection, 1)
+    await lost.join()
+    await lost.claim()
+    lost.deliver()
+    settlement = lost.owning.to_settle()
+    await heir.take_over(lost)
+    assert not await lost.transact(lost.owning.renew)
+    await lost.balance()  # and has begun anew
+    await lost.transact(lost.owning.settle, settlement)
+    assert settlement
+    assert not lost.owning.settled(settlement)
+    assert not lost.owning._is_stale  # noqa: SLF001 -- it would take a lease to show
+
+
 async def test_what_a_crash_forgot_of_the_notes_is_noted_again(
     connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
 ) -> None:

@@ -195,6 +195,19 @@ async def test_a_hundred_thousand_behind_a_failure_are_not_touched_by_a_claim(
     assert touched(claim) + touched(left) < 60
 
 
+async def test_those_behind_heads_that_are_not_due_keep_no_other_lane_from_being_found(
+    connection: asyncpg.Connection[Any], outbox: Outbox, lanes: LaneQueries
+) -> None:
+    await connection.execute(f"""
+        INSERT INTO {outbox.schema}.outbox_waiting (position, id, topic, payload, due_at, lane)
+        SELECT 2000 - 1000 * head + lane, gen_random_uuid(), 't', ''::bytea,
+            now() + (2 * head - 1) * interval '1 h', lane
+        FROM generate_series(1, 150) AS lane, generate_series(0, 1) AS head
+        UNION ALL SELECT 5000, gen_random_uuid(), 't', ''::bytea, now(), 500""")  # noqa: S608 -- a schema of the test's own
+    found = await connection.fetch(lanes.due_lanes, -1, 100)
+    assert [row["lane"] for row in found] == [500]
+
+
 # --- migrations -------------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,69 @@ async def test_a_suspect_of_a_crash_that_is_refused_stays_one_and_spends_no_atte
     assert [tuple(row) for row in rows] == [("crash", 3)]
 
 
+async def suspect(pool: asyncpg.Pool[Any], outbox: Outbox, *payloads: str) -> None:
+    """Writes messages that a process died with."""
+    async with pool.acquire() as connection:
+        await outbox.persist(connection, *[Message(payload, topic="suspect") for payload in payloads])
+        columns = "position, id, recorded_at, topic, key, headers, payload"
+        await connection.execute(f"""
+            WITH held AS (DELETE FROM {outbox.schema}.outbox RETURNING *)
+            INSERT INTO {outbox.schema}.outbox_waiting ({columns}, due_at, suspect)
+            SELECT {columns}, clock_timestamp(), 'crash' FROM held""")  # noqa: S608 -- a schema of the test's own
+
+
+class AwayAtFirst(CollectingDispatcher):
+    """Refuses until it has refused the suspect and another, then takes the others, and keeps the suspect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: set[str] = set()
+        self.has_suspect, self.let_go = asyncio.Event(), asyncio.Event()
+
+    async def dispatch(self, *messages: Message) -> None:
+        (message,) = messages
+        if len(self.refused) < 2 or (message.topic == "suspect" and not self.messages):
+            self.refused.add(message.topic)
+            raise _AWAY
+        if message.topic == "suspect":
+            self.has_suspect.set()
+            await self.let_go.wait()
+        await super().dispatch(message)
+
+
+@_ORDERS
+async def test_a_suspect_that_was_put_back_is_still_the_only_one_in_hand(
+    order: str, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    await suspect(pool, outbox, "suspect 1", "suspect 2")
+    await write(pool, outbox, "other")
+    destination = AwayAtFirst()
+    settings = {"batch_size": 1, "concurrency": 2, "destination_backoff": _SOON, "poll_interval": _SOON(1, None)}
+    async with running(outbox, pool, destination, order=order, **settings):
+        await destination.has_suspect.wait()
+        for number in range(1, 4):  # each is claimed, delivered and settled beside it
+            await destination.wait_for(number)
+            await until_counts(pool, outbox, (0, 2, 2, 0))
+            await write(pool, outbox, "other")
+        await destination.wait_for(4)
+        statement = f"SELECT attempts, owner IS NULL FROM {outbox.schema}.outbox_waiting ORDER BY position"  # noqa: S608
+        assert [tuple(row) for row in await pool.fetch(statement)] == [(1, False), (0, True)]
+        destination.let_go.set()
+        await destination.wait_for(6)
+
+
+async def test_what_was_refused_behind_one_that_failed_has_no_due_time_of_its_own(
+    pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    destination = Told({1: ValueError("no"), 2: _AWAY})
+    async with pool.acquire() as connection:
+        await outbox.persist(connection, *[Message(number, topic="t", key="k") for number in (1, 2)])
+    async with running(outbox, pool, destination, order="key", backoff=_HOUR, destination_backoff=_SOON):
+        await until_counts(pool, outbox, (0, 2, 2, 0))
+    statement = f"SELECT due_at = 'infinity' FROM {outbox.schema}.outbox_waiting ORDER BY position"  # noqa: S608
+    assert [row[0] for row in await pool.fetch(statement)] == [False, True]
+
+
 @_ORDERS
 async def test_a_slot_or_a_claim_is_given_up_while_everything_is_away(
     order: str, pool: asyncpg.Pool[Any], outbox: Outbox

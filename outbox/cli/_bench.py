@@ -15,7 +15,7 @@ from rich.progress import track
 from outbox import embedded as postgres
 from outbox._dispatcher import OutboxDispatcher
 from outbox._message import Message, uuid7
-from outbox._outbox import Outbox, Pool
+from outbox._outbox import Outbox, Pool, listed
 from outbox._queries import OperatorQueries
 from outbox._relay import Relay
 from outbox.cli._console import console, table_of
@@ -136,7 +136,7 @@ class ByHand:
                 async with connection.transaction():
                     rows = await connection.fetch(self._queries.plain_lock, _BATCH)
                     found = bool(rows)
-                    await connection.execute(self._outbox._queries.remove, [row["position"] for row in rows])
+                    await connection.execute(self._outbox._queries.remove, listed(row["position"] for row in rows))
 
 
 class ByOutbox(ByHand):
