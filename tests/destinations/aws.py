@@ -20,7 +20,7 @@ from aiobotocore.session import get_session  # type: ignore[import-untyped]
 from outbox import Message
 from outbox.destinations import sqs
 from outbox.testing import Broker, Case
-from tests.destinations.brokers import free_port, listens
+from tests.destinations.brokers import free_port, frozen, listens
 from tests.faults import FaultProxy
 
 # Each request counts the visible messages of its queue, and each count asks each message for the time, which takes moto
@@ -124,6 +124,7 @@ class AwsBroker(Broker):
 
     async def freeze(self) -> None:
         self.emulator.process.send_signal(SIGSTOP)
+        await frozen(self.emulator.process.pid)
 
     async def thaw(self) -> None:
         self.emulator.process.send_signal(SIGCONT)

@@ -46,6 +46,17 @@ async def listens(port: int) -> None:
             return
 
 
+async def frozen(pid: int) -> None:
+    """Waits until a process that was sent SIGSTOP has stopped, with all of its threads."""
+    while not _is_frozen(pid):  # noqa: ASYNC110 -- it has no event, but for the parent's event loop
+        await anyio.sleep(0.001)  # as above
+
+
+def _is_frozen(pid: int) -> bool:
+    threads = Path(f"/proc/{pid}/task").glob("*/status")  # none where the system has no such files
+    return all("\nState:\tT" in status.read_text() for status in threads)
+
+
 class Process:
     """A server's process: it is killed, and starts again on the same port with the same files.
 
@@ -89,6 +100,12 @@ class Process:
         assert self._process
         self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process
+        return self._process.pid
+
 
 class Server(Protocol):
     """What is killed, started again and frozen: a `Process`, or one that takes more than that to run."""
@@ -101,6 +118,10 @@ class Server(Protocol):
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
 
 
 class ProcessBroker(Broker):
@@ -116,6 +137,7 @@ class ProcessBroker(Broker):
 
     async def freeze(self) -> None:
         self.process.signal(signal.SIGSTOP)
+        await frozen(self.process.pid)  # what it was about to answer is answered by then
 
     async def thaw(self) -> None:
         self.process.signal(signal.SIGCONT)

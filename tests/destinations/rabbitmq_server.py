@@ -105,6 +105,12 @@ class RabbitMQServer:
         assert self._process
         self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        assert self._process
+        return self._process.pid
+
     async def control(self, *arguments: str) -> None:
         """Runs `rabbitmqctl`."""
         process = await asyncio.create_subprocess_exec(
