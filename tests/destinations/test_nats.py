@@ -9,7 +9,6 @@ from typing import Any
 import asyncpg
 import nats
 import pytest
-from nats.errors import TimeoutError as NothingYet
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy, DiscardPolicy, StreamConfig
 
 from outbox import DestinationUnavailableError, Message, Outbox, RejectedError
@@ -44,7 +43,7 @@ class Nats(ProcessBroker):
             while len(self._arrived) < count:
                 try:
                     raws = await subscription.fetch(1_000, timeout=0.2)
-                except NothingYet:
+                except TimeoutError:  # nats-py has two of its own, and also lets through that of asyncio
                     continue
                 self._arrived += map(received, raws)
                 self._next += len(raws)
