@@ -310,7 +310,7 @@ async def _most(side: Running, variant: str) -> float:
     draining, most = asyncio.ensure_future(side.ask("drain", **load)), 0
     while not draining.done():
         most = max(most, _resident(side.pid))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # how much it has is sampled
     await draining
     return most / 1024
 

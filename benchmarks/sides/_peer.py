@@ -56,7 +56,7 @@ class Running:
         """Runs while somebody writes, and then until all is delivered or for so long; returns the ms of each."""
 
         async def all_of_it() -> None:
-            await asyncio.sleep(_READY)
+            await asyncio.sleep(_READY)  # a relay of another package does not tell when it listens
             await writing
             await clock.reached(seconds)
 

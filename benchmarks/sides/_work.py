@@ -135,7 +135,7 @@ async def timetable(
 
         async def work(number: int) -> None:
             for turn in range(number, int(per_second * seconds), _WRITERS):
-                await asyncio.sleep(started + turn / per_second - perf_counter())
+                await asyncio.sleep(started + turn / per_second - perf_counter())  # the timetable
                 await transaction(connections[number])
 
         await asyncio.gather(*map(work, range(_WRITERS)))

@@ -159,7 +159,7 @@ async def _relay(
 ) -> None:
     async def dispatch(rows: list[asyncpg.Record]) -> None:
         if pause:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause)  # the destination's time
         tally.add(map(_ID, rows))
 
     while not done():
@@ -169,7 +169,7 @@ async def _relay(
                 await dispatch(rows)
                 await connection.execute(_DROP, [row["position"] for row in rows])
         if not rows:
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(_POLL)  # there is nothing, and nobody wakes it
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _subscribe(
 ) -> None:
     async def accept(message: Any) -> None:
         if pause:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause)  # the destination's time
         tally.add((message.raw_message.id,))
 
     if variant == "default":

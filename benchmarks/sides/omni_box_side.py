@@ -206,7 +206,7 @@ class _Relay:
         """Takes the place of a broker: the pipeline of the package asks no more of it than this."""
         del repository
         if self._pause:
-            await asyncio.sleep(self._pause)
+            await asyncio.sleep(self._pause)  # the destination's time
         self._tally.add((event.id,))
 
     def _stop(self) -> None:

@@ -62,7 +62,7 @@ class Destination:
     async def dispatch(self, *messages: Message) -> None:
         """Sleeps, if it is a slow one, and accepts."""
         if self._pause:
-            await asyncio.sleep(self._pause)
+            await asyncio.sleep(self._pause)  # the destination's time
         self._tally.add(map(self._name, messages))
 
 

@@ -97,7 +97,7 @@ class PgQueuerSide:
 
         async def handle(job: Any) -> None:
             if pause:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(pause)  # the destination's time
             tally.add((job.id,))
 
         async with self._drivers(variant, MANAGERS) as drivers:

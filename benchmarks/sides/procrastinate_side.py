@@ -148,7 +148,7 @@ def _task(app: Any, tally: _work.Tally, pause: float = 0.0) -> Any:
     async def work(context: Any, **content: str) -> None:
         del content
         if pause:
-            await asyncio.sleep(pause)
+            await asyncio.sleep(pause)  # the destination's time
         tally.add((context.job.id,))
 
     return app.task(name="orders", pass_context=True)(work)

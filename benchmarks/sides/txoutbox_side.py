@@ -95,7 +95,7 @@ class Txoutbox:
 
         async def publish(message: Any) -> None:
             if pause:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(pause)  # the destination's time
             tally.add((message.id,))
 
         async with self._storage(variant, order=order) as storage:
