@@ -102,13 +102,19 @@ def show(results: Results) -> None:
 
 def write(results: Results, folder: Path) -> None:
     """Writes results.json, index.md and the plots."""
+    facts = keep(results, folder)
+    (folder / "index.md").write_text(page(results), encoding="utf-8")
+    command = [str(environment("report")), "-m", "benchmarks._plots", str(facts.resolve()), str(folder.resolve())]
+    subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 -- our own command
+
+
+def keep(results: Results, folder: Path) -> Path:
+    """Writes results.json alone, and returns where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"about": results.about, "sides": results.sides, "figures": results.figures.to_json()}
     facts = folder / "results.json"
     facts.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "index.md").write_text(page(results), encoding="utf-8")
-    command = [str(environment("report")), "-m", "benchmarks._plots", str(facts.resolve()), str(folder.resolve())]
-    subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 -- our own command
+    return facts
 
 
 def read(facts: Path) -> Results:

@@ -28,6 +28,7 @@ __all__ = ["Counting"]  # benchmarks/instrumentation.py takes it from here
 SETTINGS: Final = {"shared_buffers": "256MB", "max_wal_size": "4GB", "checkpoint_timeout": "30min"}
 """Durable as it comes. A checkpoint would strike one side and not another, so none falls into a run."""
 _OUTPUT: Final = {"full": ROOT / "docs" / "benchmarks", "short": ROOT / "docs" / "benchmarks" / "short"}
+_SO_FAR: Final = ROOT / ".bench"
 _CONSOLE: Final = Console(stderr=True)
 
 
@@ -39,14 +40,16 @@ async def measure(plan: Plan, sides: Sequence[str], only: Sequence[str]) -> _rep
     async with embedded.postgres(**SETTINGS) as dsn:
         running, missing = await _start(dsn, sides)
         rounds = Rounds(plan, dsn, running, _say)
+        about = await _report.about(dsn, plan, at, SETTINGS)
+        results = _report.Results(about, _report.describe(running, missing), rounds.figures)
         try:
             for group in only:
                 await _group(rounds, group)
+                about["took"] = f"{perf_counter() - started:.0f} s"
+                _report.keep(results, _SO_FAR)  # of a run that somebody ends, too
         finally:
             await rounds.stop()
-        about = await _report.about(dsn, plan, at, SETTINGS)
-    about["took"] = f"{perf_counter() - started:.0f} s"
-    return _report.Results(about, _report.describe(running, missing), rounds.figures)
+    return results
 
 
 async def _start(dsn: str, names: Sequence[str]) -> tuple[dict[str, AnySide], dict[str, str]]:
@@ -82,7 +85,7 @@ async def _group(rounds: Rounds, group: str) -> None:
     started = perf_counter()
     for cell in GROUPS[group](rounds):
         await rounds.measure(cell)
-    _say(f"{group}: {perf_counter() - started:.0f} s")
+        _say(f"{group}, {next(iter(cell.works))}: done after {perf_counter() - started:.0f} s")
 
 
 def _say(text: str) -> None:

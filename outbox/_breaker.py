@@ -12,6 +12,8 @@ _MEMORY: Final = 60.0
 """Seconds for which it is remembered that something was refused, or that it was only a part of the destination."""
 _IN_A_ROW: Final = 10
 """Calls refused one after the other that open the breaker even where only a part is known to be away."""
+_PATIENCE: Final = 1.0
+"""Seconds that a try has at least, before another delivery is let through beside it."""
 
 
 class Refusal(NamedTuple):
@@ -25,7 +27,8 @@ class Refusal(NamedTuple):
 class Breaker:
     """Closed while the destination answers; open, for longer each time, after it said that it is unavailable.
 
-    When the time is over one delivery is let through to try; the others wait for what becomes of it.
+    When the time is over one delivery is let through to try; the others wait for what becomes of it. It may hang, so
+    that when the same time is over again, a second at least, another one is let through as well.
 
     A destination may be away in part: a topic, a queue, one of several brokers behind it. That shows when others are
     accepted in the same call, or between two refusals. Then what is refused waits by itself, and the breaker opens
@@ -38,6 +41,7 @@ class Breaker:
     def __init__(self, backoff: BackOff) -> None:
         self._backoff = backoff
         self._failures = 0
+        self._delay = timedelta()
         self._open_until = 0.0
         self._changed = anyio.Event()
         self._trying = False
@@ -56,11 +60,12 @@ class Breaker:
         Each admission must be answered by accepted(), refused() or released().
         """
         while self._failures and not self._ended:
-            wait = self._open_until - anyio.current_time()
-            if wait <= 0 and not self._trying:
+            now = anyio.current_time()
+            if now >= self._open_until:
                 self._trying = True
+                self._open_until = now + max(self._delay.total_seconds(), _PATIENCE)
                 return True
-            with anyio.move_on_after(wait if wait > 0 else None):
+            with anyio.move_on_after(self._open_until - now):
                 await self._changed.wait()
         return not self._ended
 
@@ -97,10 +102,10 @@ class Breaker:
         if self._failures and not self._trying:  # was on its way already when the breaker opened: no news
             return timedelta(seconds=max(0.0, self._open_until - now))
         self._failures += 1
-        delay = self._backoff(self._failures, error) or timedelta()
-        self._open_until = now + delay.total_seconds()
+        self._delay = self._backoff(self._failures, error) or timedelta()
+        self._open_until = now + self._delay.total_seconds()
         self._change()
-        return delay
+        return self._delay
 
     def _wait_in_part(self, error: BaseException, now: float) -> timedelta:
         if now >= self._round_ends:
@@ -113,6 +118,8 @@ class Breaker:
 
     def released(self) -> None:
         """Takes an admission back that led to no answer, since its delivery was cancelled."""
+        if self._trying:  # so another one may
+            self._open_until = anyio.current_time()
         self._change()
 
     def _change(self) -> None:

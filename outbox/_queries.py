@@ -302,10 +302,11 @@ class Queries:
 
         # Everybody who may still commit a position that was taken before this statement: a writer holds this lock
         # from before it takes a position until after its commit is visible. An unrelated transaction does not. A
-        # prepared one has no pid.
+        # prepared one has no pid. Whoever asks has only settled, if it holds the lock itself.
         self.writers = f"""
             SELECT DISTINCT virtualtransaction, pid FROM pg_catalog.pg_locks
             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
+                AND pid IS DISTINCT FROM pg_backend_pid()
                 AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
                 AND relation = {names["outbox_text"]}::regclass"""
 

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.guard import guard
+
 _START_SECONDS = 10
 
 # One database and one user, whoever connects; neither a pid file nor a log file.
@@ -79,10 +81,9 @@ def _written(folder: str, text: str) -> str:
 
 async def _start(program: str, configuration: str) -> Process:
     # It refuses to run as root, and must not outlive a test run that is killed.
-    guard = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
     account = "nobody" if os.geteuid() == 0 else None
     return await asyncio.create_subprocess_exec(
-        *guard,
+        *guard("TERM"),
         program,
         configuration,
         stdin=DEVNULL,

@@ -77,6 +77,30 @@ def is_in_order(messages: Sequence[Message]) -> bool:
 
 
 @_ORDERS
+async def test_a_try_that_hangs_does_not_hold_back_the_others(
+    order: str, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    class Hanging(CollectingDispatcher):
+        calls = 0
+
+        async def dispatch(self, *messages: Message) -> None:
+            self.calls += 1
+            if self.calls == 1:
+                raise _AWAY
+            if self.calls == 2:
+                await asyncio.Event().wait()
+            await super().dispatch(*messages)
+
+    destination, events = Hanging(), Events()
+    await write(pool, outbox, *["orders"] * 10)
+    settings = {"order": order, "batch_size": 1, "grace": timedelta(seconds=1)}
+    async with running(outbox, pool, destination, destination_backoff=_SOON, hooks=[events], **settings):
+        await destination.wait_for(9)
+    assert events.of(DestinationDown)
+    assert (await counts(pool, outbox))[:2] == (0, 1), "the one that hung is pending again"
+
+
+@_ORDERS
 async def test_a_route_that_is_away_holds_back_none_of_the_others_and_gets_its_own_when_it_is_back(
     order: str, pool: asyncpg.Pool[Any], outbox: Outbox
 ) -> None:

@@ -19,7 +19,6 @@ from outbox._message import Message
 
 _MANY: Final = 10_000
 _BATCH: Final = 100
-_LIMIT_SECONDS: Final = 50
 _RECORDED_AT: Final = datetime(2024, 2, 29, 23, 59, 59, 123456, tzinfo=UTC)
 
 
@@ -69,20 +68,27 @@ Case = Callable[[Broker], Awaitable[None]]
 _cases: list[Case] = []
 
 
-def _case(function: Case) -> Case:
-    @wraps(function)
-    async def limited(broker: Broker) -> None:
-        with anyio.fail_after(_LIMIT_SECONDS):
-            try:
-                await function(broker)
-            except ExceptionGroup as group:  # a runner knows a failure and a skip by themselves only
-                error: Exception = group
-                while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-                    error = error.exceptions[0]
-                raise error from None
+def _within(seconds: float) -> Callable[[Case], Case]:
+    def article(function: Case) -> Case:
+        @wraps(function)
+        async def limited(broker: Broker) -> None:
+            with anyio.fail_after(seconds):
+                try:
+                    await function(broker)
+                except ExceptionGroup as group:  # a runner knows a failure and a skip by themselves only
+                    error: Exception = group
+                    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+                        error = error.exceptions[0]
+                    raise error from None
 
-    _cases.append(limited)
-    return limited
+        _cases.append(limited)
+        return limited
+
+    return article
+
+
+_case: Final = _within(50)
+_long_case: Final = _within(100)
 
 
 # --- what arrives -----------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ async def a_message_of_nothing_but_a_topic_arrives(broker: Broker) -> None:
     assert (arrived.key, dict(arrived.headers), arrived.payload) == (None, {}, None)
 
 
-@_case
+@_long_case
 async def ten_thousand_arrive_and_none_is_lost(broker: Broker) -> None:
     messages = _messages(broker.topic, _MANY, keys=100)
     async with broker.destination() as destination:
@@ -250,7 +256,7 @@ async def a_broker_that_goes_between_two_batches_is_unavailable_until_it_is_back
         await _arrival(broker, [*first, *then])
 
 
-@_case
+@_long_case
 async def a_broker_that_is_killed_among_ten_thousand_loses_none(broker: Broker) -> None:
     messages = _messages(broker.topic, _MANY, keys=100)
     async with broker.destination() as destination, anyio.create_task_group() as tasks:

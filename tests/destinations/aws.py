@@ -22,14 +22,22 @@ from outbox.destinations import sqs
 from outbox.testing import Broker, Case
 from tests.destinations.brokers import free_port, frozen, listens
 from tests.faults import FaultProxy
+from tests.guard import guard
 
 # Each request counts the visible messages of its queue, and each count asks each message for the time, which takes moto
 # eight microseconds: with a thousand messages it would be the clock that is tested. This one is the same, and fast.
+# And to delete is to leave out of a copy: what another thread adds to the queue meanwhile would be lost.
 _SERVER = """
 import sys, time
 import moto.sqs.models
 from moto.server import main
+from moto.sqs.models import Queue
 moto.sqs.models.unix_time_millis = lambda: time.time() * 1000
+delete = Queue.delete_message
+def delete_alone(queue, handle):
+    with queue._messages_lock:  # which whoever adds a message holds
+        delete(queue, handle)
+Queue.delete_message = delete_alone
 main(sys.argv[1:])
 """
 
@@ -39,7 +47,7 @@ class Emulator:
 
     def __init__(self) -> None:
         self.port = free_port()
-        command = [sys.executable, "-c", _SERVER, "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [*guard("KILL"), sys.executable, "-c", _SERVER, "-H", "127.0.0.1", "-p", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def client(self, service: str, port: int | None = None) -> AbstractAsyncContextManager[Any]:

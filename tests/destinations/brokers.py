@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import anyio
 
 from outbox.testing import Broker
+from tests.guard import guard
 
 _START_SECONDS = 30
 
@@ -81,7 +82,7 @@ class Process:
     async def start(self) -> None:
         """Starts it, and waits until it answers."""
         process = await asyncio.create_subprocess_exec(
-            *self._command, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL, env=self._environment
+            *guard("KILL"), *self._command, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL, env=self._environment
         )
         self._process = process
         with anyio.fail_after(_START_SECONDS):

@@ -14,6 +14,7 @@ import aio_pika
 import anyio
 
 from tests.destinations.brokers import free_port, listens, program
+from tests.guard import guard
 
 MEGABYTE: Final = 1024 * 1024
 _PROGRAMS: Final = Path("/usr/lib/rabbitmq/bin")
@@ -58,7 +59,7 @@ class RabbitMQServer:
     @contextmanager
     def running(self) -> Iterator["RabbitMQServer"]:
         """Runs it, and the daemon that Erlang needs beside it, and ends both."""
-        command = ["setpriv", "--pdeathsig", "KILL", program("epmd"), "-port", str(self._epmd), "-address", "127.0.0.1"]
+        command = [*guard("KILL"), program("epmd"), "-port", str(self._epmd), "-address", "127.0.0.1"]
         with subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL) as epmd:
             try:
                 asyncio.run(self._prepare())
@@ -82,7 +83,7 @@ class RabbitMQServer:
 
     async def start(self) -> None:
         """Starts it, and waits until it answers."""
-        command = ["setpriv", "--pdeathsig", "KILL", str(_PROGRAMS / "rabbitmq-server")]
+        command = [*guard("KILL"), str(_PROGRAMS / "rabbitmq-server")]
         self._process = subprocess.Popen(  # noqa: ASYNC220 -- one of asyncio would belong to the loop of one test
             command, stdout=DEVNULL, stderr=DEVNULL, stdin=DEVNULL, env=self._environment
         )
