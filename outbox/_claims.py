@@ -1,7 +1,7 @@
 """What one of many competing relays does to the table: it claims messages and settles them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -57,10 +57,11 @@ class Room(NamedTuple):
 class Claim:
     """Fresh messages that were claimed together, until the last of them is settled."""
 
-    __slots__ = ("outstanding", "size", "upto")
+    __slots__ = ("in_doubt", "outstanding", "size", "upto")
 
     def __init__(self, upto: int, rows: Sequence[Any]) -> None:
         self.upto = upto
+        self.in_doubt = False
         self.outstanding = len(rows)
         self.size = sum([len(row[_BODY]) for row in rows])
 
@@ -123,10 +124,17 @@ class Settlement:
     postponed: list[Postponed] = field(default_factory=list)
     buried: list[Buried] = field(default_factory=list)
     finished_claims: list[int] = field(default_factory=list)
+    of_claims: list[Batch] = field(default_factory=list)
+    """Of which it is, where no order is kept."""
     parked: list[tuple[int, int]] = field(default_factory=list)
     """Lanes whose waiting messages are parked, each with the position of the head."""
     messages: int = 0
     crash_suspects: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but fresh messages that were delivered: to settle these twice, or late, is harmless."""
+        return self.messages == len(self.delivered)
 
     def delivers(self, batch: Batch, messages: Iterable[Message]) -> None:
         """Adds messages that their destination accepted."""
@@ -149,24 +157,52 @@ class Settlement:
         self.messages += count
         self.crash_suspects += batch.suspect is Suspect.CRASH and count > 0
         if batch.claim:
+            self.of_claims.append(batch)
             batch.claim.outstanding -= count
             if not batch.claim.outstanding:
                 self.finished_claims.append(batch.claim.upto)
 
 
-async def settle(connection: Connection, queries: Queries, settlement: Settlement, commit: CommitStrategy) -> None:
-    """Writes down what became of the messages; running it a second time changes nothing."""
+async def settle(
+    connection: Connection,
+    queries: Queries,
+    settlement: Settlement,
+    commit: CommitStrategy,
+    doubtful: Mapping[int, UUID],
+) -> None:
+    """Writes down what became of the messages; running it a second time changes nothing.
+
+    Args:
+        connection: With a transaction open.
+        queries: Of the outbox.
+        settlement: What became of them.
+        commit: Whether those delivered are kept.
+        doubtful: Ids by position, of those that the database may have forgotten, and given their positions to others.
+    """
     owner, mark = settlement.owner, commit is CommitStrategy.MARK
-    waiting = settlement.delivered_waiting
-    if settlement.delivered:
-        status = await connection.execute(queries.mark if mark else queries.remove, listed(settlement.delivered))
-        if affected(status) < len(settlement.delivered):
+    waiting, finished = settlement.delivered_waiting, settlement.finished_claims
+    delivered, set_aside = settlement.delivered, settlement.set_aside
+    if doubtful and (replaced := await _replaced(connection, queries, doubtful)):
+        delivered = [position for position in delivered if position not in replaced]
+        set_aside = [position for position in set_aside if position not in replaced]
+    if delivered:
+        statement = queries.mark_claimed if mark else queries.remove_claimed
+        claims = list({batch.claim.upto for batch in settlement.of_claims if batch.claim} if not doubtful else ())
+        status = await connection.execute(statement, listed(delivered), owner, claims, finished)
+        if affected(status) < len(delivered):
             # Some had been waiting; or this relay was taken for dead and they were moved: not to be delivered again.
-            waiting = waiting + settlement.delivered
+            waiting = waiting + delivered
     if waiting:
         await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, listed(waiting))
-    if settlement.set_aside:
-        await connection.execute(queries.set_aside, owner, listed(settlement.set_aside))
+    if set_aside:
+        await connection.execute(queries.set_aside, owner, listed(set_aside))
+    await _settle_failures(connection, queries, settlement)
+    if finished and not delivered:
+        await connection.execute(queries.drop_claims, owner, finished)
+
+
+async def _settle_failures(connection: Connection, queries: Queries, settlement: Settlement) -> None:
+    owner = settlement.owner
     if postponed := settlement.postponed:
         await connection.execute(
             queries.postpone,
@@ -188,8 +224,11 @@ async def settle(connection: Connection, queries: Queries, settlement: Settlemen
             [one.lane for one in buried],
             [one.behind for one in buried],
         )
-    if settlement.finished_claims:
-        await connection.execute(queries.drop_claims, owner, settlement.finished_claims)
+
+
+async def _replaced(connection: Connection, queries: Queries, doubtful: Mapping[int, UUID]) -> set[int]:
+    rows = await connection.fetch(queries.replaced, listed(doubtful), list(doubtful.values()))
+    return {row["position"] for row in rows}
 
 
 async def with_large_bodies(

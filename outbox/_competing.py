@@ -56,12 +56,24 @@ class Competing:
 
     must_settle = False
     settles_along = True
-    """A claim settles all that is known by then, first of all and in the same transaction."""
+    """A claim may settle all that is known by then, first of all and in the same transaction."""
+
+    @property
+    def settles_beside(self) -> bool:
+        """Whether what is known by now may be settled on another connection, while a claim is made.
+
+        What waits, or is dead, may not: settled late, after a new claim of the same message, it would let go of it. Nor
+        may too much, or there would be no end to what the table says is in this relay's hands.
+        """
+        known = [*self._unsettled, self._outcomes]
+        is_little = sum(settlement.messages for settlement in known) <= self._holdings.half
+        return is_little and all(settlement.is_plain for settlement in known)
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
         self._in_doubt = True
         self._next_start = 0.0
+        self._holdings.doubt()
 
     def look(self) -> None:
         """Looks for waiting messages with the next claim."""
@@ -78,15 +90,15 @@ class Competing:
         """Returns False, see `balance`."""
         return False
 
-    async def claim(self, connection: Connection) -> None:
-        """Settles what is known by now, and claims what there is room for.
+    async def claim(self, connection: Connection, *, along: bool) -> None:
+        """Claims what there is room for; `along` first settles what is known by now.
 
-        Only the COMMIT makes it so, and then `claimed` is called. Settled first: run after a new claim of the same
-        message it would let go of it.
+        Only the COMMIT makes it so, and then `claimed` is called.
         """
         await self._wait_for_own(connection)
-        self._close_settlement()
-        self._settled_along = list(self._unsettled)
+        if along:
+            self._close_settlement()
+            self._settled_along = list(self._unsettled)
         if self._settled_along:
             await self._membership.hold(connection)
         for settlement in self._settled_along:
@@ -206,7 +218,13 @@ class Competing:
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""
-        await settle(connection, self._queries, settlement, self._commit)
+        doubtful = {
+            position_of(message): message.id
+            for batch in settlement.of_claims
+            if batch.claim and batch.claim.in_doubt
+            for message in batch.messages
+        }
+        await settle(connection, self._queries, settlement, self._commit, doubtful)
 
     def settled(self, settlement: Settlement) -> bool:
         """Forgets what was settled; returns whether others may be claimed in its place."""

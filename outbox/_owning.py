@@ -145,6 +145,7 @@ class Owning:
         self._reading: _Reading | None = None
         # Each transaction is a doubt until its COMMIT is answered; so is each failure of the database.
         self._doubts = self._known = 0
+        self._doubtful: set[int] = set()
         self._is_stale = self._must_begin = False
         self._crash_suspect: int | None = None
         self._outcomes = Settlement(self._membership.owner)
@@ -279,17 +280,18 @@ class Owning:
         """Whether outcomes must be settled first: what is about to wait has to be seen by whoever looks for it."""
         return bool(self._unsettled or self._outcomes.postponed or self._outcomes.buried)
 
-    settles_along = False
+    settles_along = settles_beside = False
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
         self._doubts += 1
+        self._doubtful = set(self._lanes.held)
 
     def look(self) -> None:
         """Looks at the waiting messages and the slots with the next claim."""
         self._next_due = self._next_balance = 0.0
 
-    async def claim(self, connection: Connection) -> None:
+    async def claim(self, connection: Connection, *, along: bool) -> None:  # noqa: ARG002 -- see `Hands`
         """Reads what there is room for; only the COMMIT makes it this relay's, and then `claimed` is called."""
         reading = await self._start(connection)
         await self._read(connection, reading, self._lanes.room())
@@ -656,7 +658,7 @@ class Owning:
         """
         if self._is_stale or settlement.owner != self._membership.owner:
             return
-        epochs = self._slots.epochs
+        epochs, held = self._slots.epochs, self._lanes.held
         # And one more, for being alive: a relay that owns nothing may be dead as well.
         if await connection.fetchval(self._lane_queries.owned, settlement.owner, epochs) < len(epochs) + 1:
             self._is_stale = True
@@ -667,7 +669,8 @@ class Owning:
         if settlement.postponed or settlement.buried:
             # What is to come in order goes by where the head is. A crash of the server must not put it back.
             await connection.execute(self._lane_queries.durable)
-        await settle(connection, self._queries, settlement, self._commit)
+        doubtful = {position: held[position].id for position in self._doubtful & held.keys()}
+        await settle(connection, self._queries, settlement, self._commit, doubtful)
         if settlement.parked:
             lanes, heads = zip(*settlement.parked, strict=True)
             await connection.execute(self._lane_queries.park, lanes, heads)

@@ -244,6 +244,19 @@ class Queries:
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
+        # In one round trip: of the claims $3, while all of them are there, what was delivered; and those of them that
+        # are finished by it, $4. A server that crashed, or failed over to one that was behind, may have forgotten a
+        # claim, and given out its positions anew. The answer is how many messages were found.
+        of_claims = f"""
+            WITH dropped AS (DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2),
+            known AS (SELECT count(*) AS claims FROM {claims} WHERE upto = ANY($3::bigint[]) AND owner = $2)"""
+        if_known = "AND (SELECT claims FROM known) = cardinality($3)"
+        self.remove_claimed, self.mark_claimed = (f"{of_claims} {one} {if_known}" for one in (self.remove, self.mark))
+
+        # Which of these positions are another message's by now.
+        self.replaced = f"""
+            SELECT m.position FROM unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
+            JOIN {outbox} AS o USING (position) WHERE o.id <> m.id"""
 
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""

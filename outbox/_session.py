@@ -1,5 +1,6 @@
 """A connection of the pool, kept by a relay: one short transaction at a time, and never an await without a limit."""
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
@@ -49,26 +50,32 @@ class Session:
         return self._connection is not None
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Connection]:
+    async def transaction(self, at_most: float = math.inf) -> AsyncIterator[Connection]:
         """Opens a transaction, commits it at the end, and rolls it back when anything is raised.
+
+        Args:
+            at_most: Seconds that others can wait for it, if that is less than the limit; to miss it proves nothing.
 
         Raises:
             TimeoutError: When the limit has passed.
         """
         async with self._lock:
+            limit, is_usual = min(at_most, self._limit), at_most >= self._limit
             try:
                 # However long the work may take, a server that answers at all begins it within the usual limit.
-                with anyio.fail_after(self._usual_limit):
+                with anyio.fail_after(min(at_most, self._usual_limit)):
                     connection = await self._connected()
-                    await connection.execute(self._begin(int(self._limit * 1000)))
+                    await connection.execute(self._begin(int(limit * 1000)))
                 try:
-                    with anyio.fail_after(self._limit):
+                    with anyio.fail_after(limit):
                         yield connection
                         await connection.execute("COMMIT")
                 except (TimeoutError, asyncpg.QueryCanceledError):
-                    self._limit *= 2
+                    if is_usual:
+                        self._limit *= 2
                     raise
-                self._limit = self._usual_limit
+                if is_usual:
+                    self._limit = self._usual_limit
             except BaseException:
                 await self._abandon()
                 raise

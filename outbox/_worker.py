@@ -10,6 +10,7 @@ from time import monotonic
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 import anyio
+import asyncpg
 
 from outbox._backoff import BackOff, ExponentialBackOff, half_jitter
 from outbox._breaker import Breaker, Refusal
@@ -102,12 +103,14 @@ class Hands(Protocol):
     def must_settle(self) -> bool: ...
     @property
     def settles_along(self) -> bool: ...
+    @property
+    def settles_beside(self) -> bool: ...
     def doubt(self) -> None: ...
     def look(self) -> None: ...
     def balance_is_due(self) -> bool: ...
     async def balance(self, connection: Connection) -> bool: ...
     def balanced(self) -> None: ...
-    async def claim(self, connection: Connection) -> None: ...
+    async def claim(self, connection: Connection, *, along: bool) -> None: ...
     async def claim_one(self, connection: Connection) -> None: ...
     def claimed(self) -> int: ...
     def take(self) -> Batch | None: ...
@@ -152,6 +155,7 @@ class Worker:
         self._delivered = 0
         self._settle_lock = anyio.Lock()
         self._gathering = 0.0
+        self._has_many = False
         self._given_back = 0
         # For its health: when the calls of the destination under way began, and when the lease was last seen to.
         self._calls: list[float] = []
@@ -336,7 +340,7 @@ class Worker:
             if claimed := await self._persistently(self._claim):
                 self._ready.set()
                 idle = _FIRST_POLL
-            if claimed >= self._settings.batch_size or self._hands.is_half_full:
+            if self._has_many or self._hands.is_half_full:
                 continue
             self._gathering = min(max(0, claimed - 1) * _GATHERING, _LONGEST_GATHERING)
             if self._gathering:
@@ -348,15 +352,26 @@ class Worker:
         self._ready.set()
 
     async def _claim(self) -> int:
-        """Claims what there is room for, in one short transaction; returns how many messages that were."""
+        """Claims what there is room for, in one short transaction; returns how many messages that were.
+
+        While there are few of them it settles along, which saves a transaction. While there are many, what was
+        delivered is settled beside it: that takes as long as the claim.
+        """
         if self._stopping.is_set() or not self._membership.is_active:
             return 0
-        async with self._settle_lock:  # a claim may settle along
+        if self._has_many and self._hands.settles_beside:
+            return await self._claim_now(along=False)
+        async with self._settle_lock:
             if self._hands.must_settle:
                 await self._settle_all()
-            async with self._searching.transaction() as connection:
-                await self._hands.claim(connection)
-            return self._hands.claimed()
+            return await self._claim_now(along=True)
+
+    async def _claim_now(self, *, along: bool) -> int:
+        async with self._searching.transaction() as connection:
+            await self._hands.claim(connection, along=along)
+        claimed = self._hands.claimed()
+        self._has_many = claimed >= self._settings.batch_size
+        return claimed
 
     async def _balance(self) -> None:
         async with self._searching.transaction() as connection:
@@ -529,11 +544,24 @@ class Worker:
 
     async def _settle_all(self) -> None:
         while settlement := self._hands.to_settle():
-            async with self._searching.transaction() as connection:
-                await self._hands.settle(connection, settlement)
+            if not (self._hands.settles_beside and await self._settle_beside(settlement)):
+                async with self._searching.transaction() as connection:
+                    await self._hands.settle(connection, settlement)
             if self._hands.settled(settlement):
                 self._wake.set()
             self._space.set()
+
+    async def _settle_beside(self, settlement: Settlement) -> bool:
+        """Settles while another connection claims: on the one that renews the lease, so it may not take long.
+
+        False when it took longer, as when somebody has locked the table.
+        """
+        try:
+            async with self._upkeep.transaction(self._lease / 10) as connection:
+                await self._hands.settle(connection, settlement)
+        except (TimeoutError, asyncpg.QueryCanceledError):
+            return False
+        return True
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 

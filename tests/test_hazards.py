@@ -36,7 +36,7 @@ from outbox import (
     RelayFenced,
     RelaysDied,
 )
-from outbox._claims import Claims, Rows, Settlement  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._claims import Buried, Claims, Rows, Settlement  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
 from outbox._competing import Competing  # noqa: TID251 -- the same
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox.embedded import Server
@@ -295,7 +295,7 @@ async def test_a_claim_that_settles_along_is_not_caught_in_a_take_over(
         async with connection.transaction():
             await first.register(connection)
         async with connection.transaction():
-            await hands.claim(connection)
+            await hands.claim(connection, along=True)
         hands.claimed()
         batch = hands.take()
         assert batch
@@ -312,12 +312,93 @@ async def test_a_claim_that_settles_along_is_not_caught_in_a_take_over(
 
         monkeypatch.setattr(hands, "settle", interrupted)
         async with connection.transaction():
-            await hands.claim(connection)
+            await hands.claim(connection, along=True)
     await other.close()
     assert await counts(pool, outbox) == (0, 0, 0, 0)
 
 
+# --- what is settled beside a claim -------------------------------------------------------------------------
+
+
+async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
+    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any]
+) -> None:
+    destination, events = Asking(), Events()
+    await write(pool, outbox, *range(1_000))
+    settings = {"batch_size": 10, "concurrency": 1, "lease": timedelta(seconds=1), "hooks": [events]}
+    async with running(outbox, pool, destination, **settings):
+        first = await destination.next()
+        lock = hand.transaction()
+        await lock.start()
+        await hand.execute("SELECT FROM outbox WHERE position = $1 FOR UPDATE", first.messages[0].position)
+        now = await hand.fetchval("SELECT clock_timestamp()")
+        first.answer.set_result(None)
+
+        async def answering() -> None:
+            while True:
+                (await destination.next()).answer.set_result(None)
+
+        async def renewed() -> bool:
+            seconds = "SELECT extract(epoch FROM until - $1)::float8 FROM outbox_relays"
+            return bool(await hand.fetchval(seconds, now) > 4)
+
+        async with asyncio.TaskGroup() as tasks:
+            answers = tasks.create_task(answering())
+            await until(renewed)
+            assert await hand.fetchval("SELECT count(*) FROM outbox WHERE position = $1", first.messages[0].position)
+            await lock.rollback()
+            await until_counts(pool, outbox, (0, 0, 0, 0))
+            answers.cancel()
+    assert not [*events.of(RelayFenced), *events.of(RelaysDied)]
+
+
 # --- what a relay knew of a server that crashed ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("commit", CommitStrategy)
+@pytest.mark.parametrize(
+    ("notices", "fails"), [(False, False), (True, False), (True, True)], ids=["unnoticed", "noticed", "noticed, failed"]
+)
+async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
+    commit: CommitStrategy,
+    pool: asyncpg.Pool[Any],
+    outbox: Outbox,
+    hand: asyncpg.Connection[Any],
+    *,
+    notices: bool,
+    fails: bool,
+) -> None:
+    """As after a failover to a standby that was behind: claim and messages are gone, their positions taken."""
+    membership = Membership(outbox, _HOUR, "none")
+    hands = Competing(outbox, membership, batch_size=10, concurrency=1, commit=commit, poll_interval=_HOUR)
+    await write(pool, outbox, 1, 2, 3)
+    async with pool.acquire() as connection:
+        async with connection.transaction():
+            await membership.register(connection)
+        async with connection.transaction():
+            await hands.claim(connection, along=True)
+        hands.claimed()
+        batch = hands.take()
+        assert batch
+        if fails:
+            hands.failed(batch, [Buried(one, 1, "no") for one in (1, 2, 3)])
+        else:
+            hands.delivered(batch, batch.messages)
+        hands.done(batch, [])
+        await hand.execute("TRUNCATE outbox, outbox_claims RESTART IDENTITY")
+        await write(pool, outbox, "a", "b", "c")
+        if notices:
+            hands.doubt()
+            # The same relay may have claimed the new ones since, and so under the same name.
+            await hand.execute("INSERT INTO outbox_claims VALUES (3, $1, '{1, 2, 3}')", membership.owner)
+        settlement = hands.to_settle()
+        assert settlement
+        async with connection.transaction():
+            await hands.settle(connection, settlement)
+        hands.settled(settlement)
+        left = await outbox.retrieve(connection, 10)
+    assert [(message.position, message.payload) for message in left] == [(1, "a"), (2, "b"), (3, "c")]
+    assert await counts(pool, outbox) == (0, 3, 0, 0)
 
 
 @pytest.mark.timeout(60)  # as long as all of its chances may take

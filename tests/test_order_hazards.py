@@ -5,6 +5,7 @@ from __future__ import annotations  # the driver's classes are generic for the t
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import asyncpg
@@ -52,7 +53,7 @@ class Hands:
 
     async def claim(self) -> None:
         self.owning.look()
-        await self.transact(self.owning.claim)
+        await self.transact(partial(self.owning.claim, along=True))
         self.owning.claimed()
 
     def take(self) -> Batch:
@@ -240,12 +241,30 @@ async def test_a_relay_that_learns_of_its_death_while_it_rereads_owns_nothing(
 
     slow = Slow()
     async with dead.connection.transaction():
-        await dead.owning.claim(slow)  # type: ignore[arg-type]  # it has what is used of a connection
+        await dead.owning.claim(slow, along=True)  # type: ignore[arg-type]  # it has what is used of a connection
     dead.owning.claimed()
     assert slow.has_struck
     await heir.claim()
     assert dead.deliver() == []
     assert heir.deliver() == [1, 2, 3]
+
+
+async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
+    connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
+) -> None:
+    """As after a failover to a standby that was behind: the messages are gone, and their positions taken."""
+    relay = await hands(outbox, await connect())
+    await relay.join()
+    await write(outbox, connection, 3)
+    await relay.claim()
+    assert relay.deliver() == [1, 2, 3]
+    await connection.execute(f"TRUNCATE {outbox.schema}.outbox, {outbox.schema}.outbox_claims RESTART IDENTITY")
+    await write(outbox, connection, 3)
+    relay.owning.doubt()
+    await relay.settle()
+    assert (await outbox.counts(connection)).pending == 3
+    assert await relay.work() == [1, 2, 3]
+    assert (await outbox.counts(connection)).total == 0
 
 
 async def test_the_dead_take_nothing_back_that_waits(

@@ -36,8 +36,8 @@ from tests.traffic import Traffic, assert_all_delivered
 pytestmark = pytest.mark.timeout(110)
 
 _BATCH = 20
-_HELD = 200 + 100 + 1
-"""What one relay holds at most with this batch size: fresh messages, waiting ones, and a suspect of a crash."""
+_HELD = 3 * 200 + 1
+"""What one relay holds at most with this batch size: two halves in hand, one that is being settled, and a suspect."""
 
 
 class Recorder:
