@@ -41,7 +41,6 @@ class Competing:
         self._claimed: list[Batch | Rows] = []
         self._outcomes = Settlement(membership.owner)
         self._unsettled: list[Settlement] = []
-        self._settled_along: list[Settlement] = []
         self._put_back = 0
         """Batches in a row, since the destination has accepted anything."""
         self._in_doubt = False
@@ -54,9 +53,8 @@ class Competing:
         """Whether there is no need yet to claim more."""
         return self._holdings.is_half_full
 
-    must_settle = False
-    settles_along = True
-    """A claim may settle all that is known by then, first of all and in the same transaction."""
+    must_settle = True
+    """What cannot be settled beside a claim is settled first."""
 
     @property
     def settles_beside(self) -> bool:
@@ -90,19 +88,9 @@ class Competing:
         """Returns False, see `balance`."""
         return False
 
-    async def claim(self, connection: Connection, *, along: bool) -> None:
-        """Claims what there is room for; `along` first settles what is known by now.
-
-        Only the COMMIT makes it so, and then `claimed` is called.
-        """
+    async def claim(self, connection: Connection) -> None:
+        """Claims what there is room for; only the COMMIT makes it so, and then `claimed` is called."""
         await self._wait_for_own(connection)
-        if along:
-            self._close_settlement()
-            self._settled_along = list(self._unsettled)
-        if self._settled_along:
-            await self._membership.hold(connection)
-        for settlement in self._settled_along:
-            await self.settle(connection, settlement)
         await self._reconcile(connection)
         claims, started = self._claims, monotonic()
         sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
@@ -148,13 +136,11 @@ class Competing:
         return more
 
     def claimed(self) -> int:
-        """Has what was claimed ready to go out; returns how many messages that are, or 1 when others may be claimed."""
+        """Has what was claimed ready to go out; returns how many messages that are."""
         self._in_doubt = False
-        along, self._settled_along = self._settled_along, []
-        has_freed = [self.settled(settlement) for settlement in along]
         batches, self._claimed = self._claimed, []
         self._ready.extend(batches)
-        return self._holdings.add(batches) or int(any(has_freed))
+        return self._holdings.add(batches)
 
     # --- delivering -------------------------------------------------------------------------------------
 
@@ -208,13 +194,10 @@ class Competing:
 
     def to_settle(self) -> Settlement | None:
         """Returns what is to be settled next."""
-        self._close_settlement()
-        return self._unsettled[0] if self._unsettled else None
-
-    def _close_settlement(self) -> None:
         if self._outcomes.messages:
             self._unsettled.append(self._outcomes)
             self._outcomes = Settlement(self._outcomes.owner)
+        return self._unsettled[0] if self._unsettled else None
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""

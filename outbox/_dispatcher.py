@@ -97,8 +97,8 @@ class OutboxDispatcher:
         require_transaction(self._connection, messages[0], "written", _INSIDE)
         for decorate in self._decorators:
             messages = tuple(map(decorate, messages))
-        self._outbox._wakeup.watch(self._connection)
         await self._outbox.persist(self._connection, *messages)
+        self._outbox._wakeup.wrote(self._connection)
 
 
 def require_transaction(connection: Connection, message: Message | UUID, done: str, remedy: str) -> None:

@@ -72,13 +72,6 @@ class Membership:
         """Waits like `lock`, and lets go again at once: what follows may take long, and must not hold up the lease."""
         await connection.execute(self._queries.wait_for_own.format(self.owner))
 
-    async def hold(self, connection: Connection) -> None:
-        """Keeps this relay from being declared dead until the transaction ends.
-
-        Whoever declares it so locks first it and then what it holds: whoever locks some of that must do so as well.
-        """
-        await connection.execute(self._queries.hold_relay, self.owner)
-
     async def leave(self, connection: Connection) -> None:
         """Leaves the living, unless something is still held in this name: then others take it over."""
         await connection.execute(self._queries.unregister, self.owner)

@@ -38,7 +38,8 @@ class Notifier:
             if task_status is not None:
                 task_status.started()
             while True:
-                await committed.wait()
+                with self._outbox._wakeup.asleep():
+                    await committed.wait()
                 await anyio.sleep(self._debounce)
                 committed.clear()
                 try:

@@ -280,7 +280,7 @@ class Owning:
         """Whether outcomes must be settled first: what is about to wait has to be seen by whoever looks for it."""
         return bool(self._unsettled or self._outcomes.postponed or self._outcomes.buried)
 
-    settles_along = settles_beside = False
+    settles_beside = False
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
@@ -291,7 +291,7 @@ class Owning:
         """Looks at the waiting messages and the slots with the next claim."""
         self._next_due = self._next_balance = 0.0
 
-    async def claim(self, connection: Connection, *, along: bool) -> None:  # noqa: ARG002 -- see `Hands`
+    async def claim(self, connection: Connection) -> None:
         """Reads what there is room for; only the COMMIT makes it this relay's, and then `claimed` is called."""
         reading = await self._start(connection)
         await self._read(connection, reading, self._lanes.room())

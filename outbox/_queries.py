@@ -116,9 +116,6 @@ class Queries:
         # next statements see it.
         self.lock_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR UPDATE"
 
-        # Renewing the lease goes on beside this.
-        self.hold_relay = f"SELECT FROM {relays} WHERE owner = $1 FOR KEY SHARE"
-
         # In one simple query, which takes no arguments: the name is one of our own.
         self.wait_for_own = f"""
             SAVEPOINT own;
@@ -246,10 +243,13 @@ class Queries:
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
         # In one round trip: of the claims $3, while all of them are there, what was delivered; and those of them that
         # are finished by it, $4. A server that crashed, or failed over to one that was behind, may have forgotten a
-        # claim, and given out its positions anew. The answer is how many messages were found.
+        # claim, and given out its positions anew. The claims go first, as in a take-over. The answer is how many
+        # messages were found.
         of_claims = f"""
-            WITH dropped AS (DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2),
-            known AS (SELECT count(*) AS claims FROM {claims} WHERE upto = ANY($3::bigint[]) AND owner = $2)"""
+            WITH dropped AS (DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2 RETURNING upto),
+            known AS (
+                SELECT count(*) AS claims FROM {claims}
+                WHERE upto = ANY($3::bigint[]) AND owner = $2 AND (SELECT count(*) FROM dropped) >= 0)"""
         if_known = "AND (SELECT claims FROM known) = cardinality($3)"
         self.remove_claimed, self.mark_claimed = (f"{of_claims} {one} {if_known}" for one in (self.remove, self.mark))
 

@@ -54,6 +54,8 @@ _GATHERING: Final = 0.0005
 _LONGEST_GATHERING: Final = 0.02
 """Seconds after a claim of several messages, but less than a batch: the first of these for each but one. More are on
 their way, and to claim them one by one would cost their writers a tenth of their speed."""
+_SETTLE_INTERVAL: Final = 0.02
+"""Seconds for which what was delivered is gathered to be settled, while there is not much of it."""
 _LOOK_UP: Final = 1.0
 """Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
@@ -102,15 +104,13 @@ class Hands(Protocol):
     @property
     def must_settle(self) -> bool: ...
     @property
-    def settles_along(self) -> bool: ...
-    @property
     def settles_beside(self) -> bool: ...
     def doubt(self) -> None: ...
     def look(self) -> None: ...
     def balance_is_due(self) -> bool: ...
     async def balance(self, connection: Connection) -> bool: ...
     def balanced(self) -> None: ...
-    async def claim(self, connection: Connection, *, along: bool) -> None: ...
+    async def claim(self, connection: Connection) -> None: ...
     async def claim_one(self, connection: Connection) -> None: ...
     def claimed(self) -> int: ...
     def take(self) -> Batch | None: ...
@@ -154,7 +154,6 @@ class Worker:
         self._upkeep = Session(settings.pool, begin, limit)
         self._delivered = 0
         self._settle_lock = anyio.Lock()
-        self._gathering = 0.0
         self._has_many = False
         self._given_back = 0
         # For its health: when the calls of the destination under way began, and when the lease was last seen to.
@@ -340,38 +339,32 @@ class Worker:
             if claimed := await self._persistently(self._claim):
                 self._ready.set()
                 idle = _FIRST_POLL
-            if self._has_many or self._hands.is_half_full:
+            self._has_many = claimed >= self._settings.batch_size or self._hands.is_half_full
+            if self._has_many:
                 continue
-            self._gathering = min(max(0, claimed - 1) * _GATHERING, _LONGEST_GATHERING)
-            if self._gathering:
-                with anyio.move_on_after(self._gathering):
+            if claimed > 1:
+                with anyio.move_on_after(min((claimed - 1) * _GATHERING, _LONGEST_GATHERING)):
                     await self._stopping.wait()
-            with anyio.move_on_after(idle):
+            with self._settings.outbox._wakeup.asleep(), anyio.move_on_after(idle):
                 await self._wake.wait()
             idle = min(idle * 2, self._settings.poll_interval.total_seconds())
         self._ready.set()
 
     async def _claim(self) -> int:
-        """Claims what there is room for, in one short transaction; returns how many messages that were.
-
-        While there are few of them it settles along, which saves a transaction. While there are many, what was
-        delivered is settled beside it: that takes as long as the claim.
-        """
+        """Claims what there is room for, in one short transaction; returns how many messages that were."""
         if self._stopping.is_set() or not self._membership.is_active:
             return 0
-        if self._has_many and self._hands.settles_beside:
-            return await self._claim_now(along=False)
+        if self._hands.settles_beside:
+            return await self._claim_now()
         async with self._settle_lock:
             if self._hands.must_settle:
                 await self._settle_all()
-            return await self._claim_now(along=True)
+            return await self._claim_now()
 
-    async def _claim_now(self, *, along: bool) -> int:
+    async def _claim_now(self) -> int:
         async with self._searching.transaction() as connection:
-            await self._hands.claim(connection, along=along)
-        claimed = self._hands.claimed()
-        self._has_many = claimed >= self._settings.batch_size
-        return claimed
+            await self._hands.claim(connection)
+        return self._hands.claimed()
 
     async def _balance(self) -> None:
         async with self._searching.transaction() as connection:
@@ -523,7 +516,6 @@ class Worker:
         self._given_back += len(left)
         self._hands.done(batch, left)
         self._ready.set()
-        # In this order: where there is room, whoever claims settles along.
         self._space.set()
         self._news.set()
 
@@ -533,8 +525,8 @@ class Worker:
         while True:
             await self._news.wait()
             self._news.clear()
-            if self._gathering and self._hands.settles_along:  # the next claim, which comes soon, saves a transaction
-                await anyio.sleep(self._gathering)
+            if not self._has_many and self._hands.settles_beside:
+                await anyio.sleep(_SETTLE_INTERVAL)
             await self._persistently(self._settle)
 
     async def _settle(self) -> None:

@@ -106,7 +106,7 @@ class SQLAlchemyDispatcher:
             for statement, arguments in statements:
                 await _execute(connection, statement, arguments)
         # Not before: the COMMIT of the transaction before this one may still be about to be told.
-        self._outbox._wakeup.watch(driver)
+        self._outbox._wakeup.wrote(driver)
 
     async def _connect(self, refused: str) -> tuple[AsyncConnection, Any]:
         """Returns the connection and asyncpg's inside it, unless what it writes would not be in a transaction."""

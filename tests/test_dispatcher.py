@@ -5,7 +5,8 @@ from __future__ import annotations  # the driver's classes are generic for the t
 import asyncio
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -644,8 +645,11 @@ async def a_moment(connection: Connection) -> None:
         await connection.fetchval("SELECT 1")
 
 
-def listening(outbox: Outbox, bell: Bell) -> Any:
-    return outbox._wakeup.listening(bell.ring)  # noqa: SLF001 -- what a relay does when it runs
+@contextmanager
+def listening(outbox: Outbox, bell: Bell) -> Iterator[None]:
+    """What a relay does when it has nothing to do."""
+    with outbox._wakeup.listening(bell.ring), outbox._wakeup.asleep():  # noqa: SLF001 -- what a relay does
+        yield
 
 
 async def test_a_listener_is_called_after_the_commit_and_not_before(connection: Connection, outbox: Outbox) -> None:
@@ -741,6 +745,29 @@ async def test_all_listeners_are_called(connection: Connection, outbox: Outbox) 
             await OutboxDispatcher(connection, outbox).dispatch(a_message())
         await one.wait()
         await two.wait()
+
+
+async def test_nothing_is_watched_while_all_who_listen_are_awake_and_nothing_is_missed(
+    dsn: str, connection: Connection, outbox: Outbox
+) -> None:
+    bell, wakeup = Bell(), outbox._wakeup  # noqa: SLF001 -- what a relay does
+    other = await asyncpg.connect(dsn)
+    with wakeup.listening(bell.ring):
+        async with connection.transaction():
+            await OutboxDispatcher(connection, outbox).dispatch(a_message())
+        transaction = other.transaction()
+        await transaction.start()
+        await OutboxDispatcher(other, outbox).dispatch(a_message())
+        assert (loggers(connection), loggers(other), bell.rings) == (0, 0, 0)
+        with wakeup.asleep():
+            assert bell.rings == 1, "one was committed in the meantime"
+        with wakeup.asleep():
+            assert bell.rings == 1
+            await transaction.commit()
+            await bell.wait()
+        await a_moment(other)
+    assert (loggers(other), bell.rings) == (0, 2)
+    await other.close()
 
 
 async def test_nothing_is_watched_when_nobody_listens(connection: Connection, outbox: Outbox) -> None:

@@ -36,7 +36,7 @@ from outbox import (
     RelayFenced,
     RelaysDied,
 )
-from outbox._claims import Buried, Claims, Rows, Settlement  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._claims import Buried, Claims, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
 from outbox._competing import Competing  # noqa: TID251 -- the same
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox.embedded import Server
@@ -267,57 +267,20 @@ async def test_what_is_held_by_relays_that_were_deleted_by_hand_is_found(
     assert await nothing_is_held(pool, outbox)
 
 
-# --- what is settled along with a claim --------------------------------------------------------------------
+# --- what is settled before a claim, and beside it -----------------------------------------------------------
 
 
-async def test_a_suspect_settled_along_with_a_claim_makes_room_for_the_next_at_once(
+async def test_a_suspect_settled_before_a_claim_makes_room_for_the_next_at_once(
     pool: asyncpg.Pool[Any], outbox: Outbox
 ) -> None:
     def woken(_: object) -> None:
-        # As by the rollback of a writer: what is claimed next finds nothing, and settles along.
+        # As by the rollback of a writer: what is claimed next finds nothing, and settles first.
         outbox._wakeup._wake()  # noqa: SLF001 -- at this very moment
 
     destination = Destination(woken)
     await suspect(pool, outbox, "1", "2", "3")
     async with running(outbox, pool, destination, poll_interval=_HOUR):
         await destination.has_accepted(3)
-
-
-async def test_a_claim_that_settles_along_is_not_caught_in_a_take_over(
-    dsn: str, pool: asyncpg.Pool[Any], outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever declares a relay dead locks its row, and then what it holds; so must the relay itself."""
-    first, second = (Membership(outbox, _HOUR, "none") for _ in range(2))
-    hands = Competing(outbox, first, batch_size=1, concurrency=1, commit=CommitStrategy.DELETE, poll_interval=_HOUR)
-    await write(pool, outbox, 1)
-    other = await asyncpg.connect(dsn)
-    async with pool.acquire() as connection:
-        async with connection.transaction():
-            await first.register(connection)
-        async with connection.transaction():
-            await hands.claim(connection, along=True)
-        hands.claimed()
-        batch = hands.take()
-        assert batch
-        hands.delivered(batch, batch.messages)
-        hands.done(batch, [])
-        await connection.execute(f"UPDATE {outbox.schema}.outbox_relays SET until = now() - interval '1 h'")  # noqa: S608
-        settle = hands.settle
-
-        async def interrupted(at: asyncpg.Connection[Any], settlement: Settlement) -> None:
-            await settle(at, settlement)
-            async with other.transaction():
-                await other.execute("SET LOCAL lock_timeout = '2s'")
-                assert (await second.take_over(other)).relays == 0
-
-        monkeypatch.setattr(hands, "settle", interrupted)
-        async with connection.transaction():
-            await hands.claim(connection, along=True)
-    await other.close()
-    assert await counts(pool, outbox) == (0, 0, 0, 0)
-
-
-# --- what is settled beside a claim -------------------------------------------------------------------------
 
 
 async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
@@ -376,7 +339,7 @@ async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
         async with connection.transaction():
             await membership.register(connection)
         async with connection.transaction():
-            await hands.claim(connection, along=True)
+            await hands.claim(connection)
         hands.claimed()
         batch = hands.take()
         assert batch

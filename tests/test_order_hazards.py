@@ -5,7 +5,6 @@ from __future__ import annotations  # the driver's classes are generic for the t
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal
 
 import asyncpg
@@ -53,7 +52,7 @@ class Hands:
 
     async def claim(self) -> None:
         self.owning.look()
-        await self.transact(partial(self.owning.claim, along=True))
+        await self.transact(self.owning.claim)
         self.owning.claimed()
 
     def take(self) -> Batch:
@@ -241,7 +240,7 @@ async def test_a_relay_that_learns_of_its_death_while_it_rereads_owns_nothing(
 
     slow = Slow()
     async with dead.connection.transaction():
-        await dead.owning.claim(slow, along=True)  # type: ignore[arg-type]  # it has what is used of a connection
+        await dead.owning.claim(slow)  # type: ignore[arg-type]  # it has what is used of a connection
     dead.owning.claimed()
     assert slow.has_struck
     await heir.claim()

@@ -511,7 +511,7 @@ async def test_a_commit_wakes_who_listens_once_and_not_before(
     begin: Begin, engine: AsyncEngine, outbox: Outbox
 ) -> None:
     bell = Bell()
-    with outbox._wakeup.listening(bell.ring):  # noqa: SLF001 -- what a relay does when it runs
+    with outbox._wakeup.listening(bell.ring), outbox._wakeup.asleep():  # noqa: SLF001 -- what a relay does
         async with begin(engine) as session:
             await SQLAlchemyDispatcher(session, outbox).dispatch(a_message())
             await SQLAlchemyDispatcher(session, outbox).dispatch(a_message(), a_message())
@@ -527,7 +527,7 @@ async def test_a_commit_rings_also_when_its_transaction_followed_another_at_once
 ) -> None:
     """The driver tells of a statement in the next turn of the loop, and there is none between these transactions."""
     bell = Bell()
-    with outbox._wakeup.listening(bell.ring):  # noqa: SLF001 -- as above
+    with outbox._wakeup.listening(bell.ring), outbox._wakeup.asleep():  # noqa: SLF001 -- as above
         async with engine.connect() as connection:
             for _ in range(20):
                 async with connection.begin():
