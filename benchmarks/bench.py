@@ -25,7 +25,7 @@ from outbox import embedded
 
 __all__ = ["Counting"]  # benchmarks/instrumentation.py takes it from here
 
-SETTINGS: Final = {"shared_buffers": "256MB", "max_wal_size": "4GB", "checkpoint_timeout": "30min"}
+SETTINGS: Final = {"shared_buffers": "1GB", "max_wal_size": "4GB", "checkpoint_timeout": "30min"}
 """Durable as it comes. A checkpoint would strike one side and not another, so none falls into a run."""
 _OUTPUT: Final = {"full": ROOT / "docs" / "benchmarks", "short": ROOT / "docs" / "benchmarks" / "short"}
 _SO_FAR: Final = ROOT / ".bench"
