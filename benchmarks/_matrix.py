@@ -76,7 +76,7 @@ def _write_beside(rounds: Rounds) -> Cell:
 
 def drain(rounds: Rounds) -> list[Cell]:
     """Draining by one relay; by four; a backlog of a million."""
-    cells = [_drain(rounds, batch) for batch in (1, 10, _USUAL_BATCH, _LARGEST_BATCH)]
+    cells = [cell for batch in (1, 10, _USUAL_BATCH, _LARGEST_BATCH) for cell in _drain(rounds, batch)]
     if rounds.plan.deep:
         cells.append(_deep(rounds))
     if rounds.plan.every:
@@ -84,7 +84,7 @@ def drain(rounds: Rounds) -> list[Cell]:
     return cells
 
 
-def _drain(rounds: Rounds, batch: int) -> Cell:
+def _drain(rounds: Rounds, batch: int) -> list[Cell]:
     work = f"batch {batch:,}"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
@@ -98,10 +98,12 @@ def _drain(rounds: Rounds, batch: int) -> Cell:
     every, usual = rounds.plan.every, batch == _USUAL_BATCH
     loops = ["default", *["uvloop"] * (every and batch >= _USUAL_BATCH)]
     ours, by_hand = [*loops, *["mark"] * (every and usual)], loops
-    peers: Peers = "all" if every and usual else _if(every or usual)
     pgbench = [("pgbench", script) for script in SCRIPTS] * (batch == _LARGEST_BATCH)
-    turns = rounds.turns(*ours, by_hand=by_hand, peers=peers) + pgbench
-    return Cell("drain", {work: "messages/s"}, turns, measure)
+    turns = rounds.turns(*ours, by_hand=by_hand, peers=_if(every or usual)) + pgbench
+    return [
+        Cell("drain", {work: "messages/s"}, turns, measure),
+        *[Cell("drain", {work: "messages/s"}, rounds.turns(peers="others"), measure, 3)] * (every and usual),
+    ]
 
 
 def _backlog(rounds: Rounds, side: AnySide) -> int:
@@ -152,10 +154,16 @@ def _relays(rounds: Rounds) -> Cell:
 
 
 def _keys(rounds: Rounds) -> list[Cell]:
-    return [_ordered(rounds, keys, order=order) for keys, order in ((1_000, False), (1_000, True), (20, True))]
+    ours, peers = rounds.turns("default"), rounds.turns(peers="fastest")
+    return [
+        _ordered(rounds, 1_000, ours + peers, order=False),
+        _ordered(rounds, 1_000, ours + peers, order=True),
+        _ordered(rounds, 20, ours, order=True),
+        _ordered(rounds, 20, peers, order=True, repeated=1),  # half a minute each, to do little and to stop
+    ]
 
 
-def _ordered(rounds: Rounds, keys: int, *, order: bool) -> Cell:
+def _ordered(rounds: Rounds, keys: int, turns: list[Who], *, order: bool, repeated: int = 3) -> Cell:
     work = f"{keys:,} keys, {'in the order of a key' if order else 'no order'}"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
@@ -165,7 +173,7 @@ def _ordered(rounds: Rounds, keys: int, *, order: bool) -> Cell:
         await rounds.accounted(side, turn)
         return {work: turn.answer}
 
-    return Cell("keys", {work: "messages/s"}, rounds.turns("default", peers="fastest"), measure, 3)
+    return Cell("keys", {work: "messages/s"}, turns, measure, repeated)
 
 
 def slow(rounds: Rounds) -> list[Cell]:

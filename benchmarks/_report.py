@@ -58,7 +58,7 @@ async def about(dsn: str, plan: Plan, at: datetime, settings: Mapping[str, str])
     return {
         "date": f"{at:%Y-%m-%d}",
         "form": plan.name,
-        "rounds": f"{plan.rounds}" + f", after {plan.warm_up} to warm up" * bool(plan.warm_up),
+        "rounds": f"{plan.rounds}, fewer where a turn takes long",
         "PostgreSQL": version,
         "settings": ", ".join([*durable, *(f"{name}={value}" for name, value in settings.items())]),
         "processor": f"{_processor()}, {os.cpu_count()} cores",

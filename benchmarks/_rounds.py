@@ -19,8 +19,6 @@ class Plan:
 
     name: str
     rounds: int
-    warm_up: int
-    """Rounds before those that count."""
     drain: float
     """Seconds of one drain."""
     seconds: float
@@ -37,14 +35,12 @@ class Plan:
 
 
 FULL: Final = Plan(
-    "full", 5, warm_up=1, drain=1.0, seconds=0.6, backlog=200_000, dead=600_000, deep=1_000_000, steady=120, every=True
+    "full", 5, drain=1.0, seconds=0.6, backlog=200_000, dead=600_000, deep=1_000_000, steady=120, every=True
 )
-SHORT: Final = Plan("short", 3, warm_up=0, drain=0.8, seconds=0.4, backlog=100_000, dead=100_000)
+SHORT: Final = Plan("short", 3, drain=0.8, seconds=0.4, backlog=100_000, dead=100_000)
 
-Peers = Literal["none", "fastest", "all"]
+Peers = Literal["none", "fastest", "others"]
 _RANKED: Final = ("best", "fast", "default")
-_SHORTLY: Final = 0.25
-"""How much of its time a turn has that only warms up."""
 
 Measure = Callable[[AnySide, str], Awaitable[Mapping[str, float]]]
 """Lets a side have its turn with a variant; returns the figure of each work that was measured in it."""
@@ -63,7 +59,7 @@ class Cell:
     turns: Sequence[Who]
     measure: Measure
     rounds: int | None = None
-    """Other than the plan's, and then without a warm-up."""
+    """Other than the plan's."""
 
 
 @dataclass
@@ -101,11 +97,8 @@ class Rounds:
 
     async def measure(self, cell: Cell) -> None:
         """Measures one, and leaves out whoever fails in it."""
-        warm_up = 0 if cell.rounds else self.plan.warm_up
         turns = [turn for turn in cell.turns if turn[0] in self._sides]
-        for number in range(warm_up + (cell.rounds or self.plan.rounds)):
-            part = _SHORTLY if number < warm_up else 1
-            self.seconds, self.drain = self.plan.seconds * part, self.plan.drain * part
+        for _ in range(cell.rounds or self.plan.rounds):
             for turn in tuple(turns):
                 try:
                     measured = await cell.measure(self._sides[turn[0]], turn[1])
@@ -113,7 +106,7 @@ class Rounds:
                     turns.remove(turn)
                     await self._left_out(cell, turn, error)
                     continue
-                for work, figure in measured.items() if number >= warm_up else ():
+                for work, figure in measured.items():
                     self.figures.add(Name(cell.group, work, *turn), cell.works[work], figure)
 
     async def stop(self) -> None:
@@ -135,7 +128,7 @@ class Rounds:
     # --- who takes turns ----------------------------------------------------------------------------------
 
     def turns(self, *ours: str, by_hand: Sequence[str] = (), peers: Peers = "none", waking: bool = False) -> list[Who]:
-        """Returns these variants of ours and by hand; and peers, at their fastest or with all that they may set.
+        """Returns these variants of ours and by hand; and peers, at their fastest or with all else that they may set.
 
         Some of a peer's settings are for waking its relay, and have no part in anything else.
         """
@@ -144,7 +137,7 @@ class Rounds:
             if is_peer(key):
                 ranked = [name for name in _RANKED if name in side.settings]
                 others = [name for name in side.settings if name not in ranked] if waking else []
-                turns += [(key, name) for name in (ranked if peers == "all" else ranked[:1]) + others]
+                turns += [(key, name) for name in (ranked[1:] if peers == "others" else ranked[:1]) + others]
         return turns
 
     # --- the state of a side ------------------------------------------------------------------------------
