@@ -807,6 +807,15 @@ async def test_relay_delivers_and_stops_on_sigterm(
     assert (await counts_of(here, pool)).total == 0
 
 
+async def test_relay_runs_on_uvloop_where_it_is_installed(folder: Path) -> None:
+    (folder / "looking.py").write_text(
+        "import asyncio\n\n\ndef relay():\n    raise RuntimeError(type(asyncio.get_running_loop()).__module__)\n"
+    )
+    async with process("relay", "looking:relay", cwd=folder) as one:
+        await logged(one, "RuntimeError: uvloop")
+        assert await one.wait() == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_lets_the_relay_finish_what_it_delivers(
     folder: Path, here: Outbox, pool: asyncpg.Pool[Any], number: signal.Signals
