@@ -1,7 +1,7 @@
 """What one of many competing relays does to the table: it claims messages and settles them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -124,7 +124,7 @@ class Settlement:
     postponed: list[Postponed] = field(default_factory=list)
     buried: list[Buried] = field(default_factory=list)
     finished_claims: list[int] = field(default_factory=list)
-    of_claims: list[Batch] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     """Of which it is, where no order is kept."""
     parked: list[tuple[int, int]] = field(default_factory=list)
     """Lanes whose waiting messages are parked, each with the position of the head."""
@@ -156,8 +156,8 @@ class Settlement:
     def _settles(self, batch: Batch, count: int) -> None:
         self.messages += count
         self.crash_suspects += batch.suspect is Suspect.CRASH and count > 0
+        self.batches.append(batch)
         if batch.claim:
-            self.of_claims.append(batch)
             batch.claim.outstanding -= count
             if not batch.claim.outstanding:
                 self.finished_claims.append(batch.claim.upto)
@@ -168,37 +168,59 @@ async def settle(
     queries: Queries,
     settlement: Settlement,
     commit: CommitStrategy,
-    doubtful: Mapping[int, UUID],
+    ids: Callable[[Iterable[int]], list[UUID]],
+    *,
+    in_doubt: bool,
 ) -> None:
     """Writes down what became of the messages; running it a second time changes nothing.
+
+    Claims are locked before messages, as in a take-over.
 
     Args:
         connection: With a transaction open.
         queries: Of the outbox.
         settlement: What became of them.
         commit: Whether those delivered are kept.
-        doubtful: Ids by position, of those that the database may have forgotten, and given their positions to others.
+        ids: Of the messages at these positions.
+        in_doubt: Whether the database may have forgotten what was claimed, and given the positions to other messages.
     """
-    owner, mark = settlement.owner, commit is CommitStrategy.MARK
-    waiting, finished = settlement.delivered_waiting, settlement.finished_claims
-    delivered, set_aside = settlement.delivered, settlement.set_aside
-    if doubtful and (replaced := await _replaced(connection, queries, doubtful)):
-        delivered = [position for position in delivered if position not in replaced]
-        set_aside = [position for position in set_aside if position not in replaced]
-    if delivered:
-        statement = queries.mark_claimed if mark else queries.remove_claimed
-        claims = list({batch.claim.upto for batch in settlement.of_claims if batch.claim} if not doubtful else ())
-        status = await connection.execute(statement, listed(delivered), owner, claims, finished)
-        if affected(status) < len(delivered):
-            # Some had been waiting; or this relay was taken for dead and they were moved: not to be delivered again.
-            waiting = waiting + delivered
+    mark, delivered, waiting = commit is CommitStrategy.MARK, settlement.delivered, settlement.delivered_waiting
+    set_aside = settlement.set_aside
+    if not delivered or in_doubt or not await _settle_claimed(connection, queries, settlement, mark=mark):
+        if settlement.finished_claims:
+            await connection.execute(queries.drop_claims, settlement.owner, settlement.finished_claims)
+        if delivered or in_doubt:
+            # Some may have been moved, when this relay was taken for dead: they are not to be delivered again.
+            fresh = await _still_fresh(connection, queries, [*delivered, *set_aside], ids)
+            waiting = waiting + [position for position in delivered if position not in fresh]
+            delivered = [position for position in delivered if position in fresh]
+            set_aside = [position for position in set_aside if position in fresh]
+        if delivered:
+            await connection.execute(queries.mark if mark else queries.remove, listed(delivered))
     if waiting:
-        await connection.execute(queries.mark_waiting if mark else queries.remove_waiting, listed(waiting))
+        statement = queries.mark_waiting if mark else queries.remove_waiting
+        await connection.execute(statement, listed(waiting), ids(waiting))
     if set_aside:
-        await connection.execute(queries.set_aside, owner, listed(set_aside))
+        await connection.execute(queries.set_aside, settlement.owner, listed(set_aside))
     await _settle_failures(connection, queries, settlement)
-    if finished and not delivered:
-        await connection.execute(queries.drop_claims, owner, finished)
+
+
+async def _settle_claimed(connection: Connection, queries: Queries, settlement: Settlement, *, mark: bool) -> bool:
+    """Settles what was delivered, and the claims; False when it is not what the table says of them."""
+    delivered, claims = settlement.delivered, {batch.claim.upto for batch in settlement.batches if batch.claim}
+    statement = queries.mark_claimed if mark else queries.remove_claimed
+    status = await connection.execute(
+        statement, listed(delivered), settlement.owner, list(claims), settlement.finished_claims
+    )
+    return affected(status) == len(delivered)
+
+
+async def _still_fresh(
+    connection: Connection, queries: Queries, positions: list[int], ids: Callable[[Iterable[int]], list[UUID]]
+) -> set[int]:
+    """Returns at which of these positions the same message is still fresh, and keeps it so."""
+    rows = await connection.fetch(queries.still_fresh, listed(positions), ids(positions))
+    return {row["position"] for row in rows}
 
 
 async def _settle_failures(connection: Connection, queries: Queries, settlement: Settlement) -> None:
@@ -224,11 +246,6 @@ async def _settle_failures(connection: Connection, queries: Queries, settlement:
             [one.lane for one in buried],
             [one.behind for one in buried],
         )
-
-
-async def _replaced(connection: Connection, queries: Queries, doubtful: Mapping[int, UUID]) -> set[int]:
-    rows = await connection.fetch(queries.replaced, listed(doubtful), list(doubtful.values()))
-    return {row["position"] for row in rows}
 
 
 async def with_large_bodies(

@@ -1,10 +1,11 @@
 """What a relay has in its hands that competes with others for each batch: no order is kept."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from time import monotonic
 from typing import Final
+from uuid import UUID
 
 from outbox._claims import Batch, Buried, Claims, CommitStrategy, Postponed, Room, Rows, Settlement, Suspect, settle
 from outbox._holdings import Holdings
@@ -201,13 +202,14 @@ class Competing:
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""
-        doubtful = {
-            position_of(message): message.id
-            for batch in settlement.of_claims
-            if batch.claim and batch.claim.in_doubt
-            for message in batch.messages
-        }
-        await settle(connection, self._queries, settlement, self._commit, doubtful)
+        batches = settlement.batches
+        in_doubt = any(batch.claim and batch.claim.in_doubt for batch in batches)
+
+        def ids(positions: Iterable[int]) -> list[UUID]:
+            by_position = {position_of(message): message.id for batch in batches for message in batch.messages}
+            return [by_position[position] for position in positions]
+
+        await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=in_doubt)
 
     def settled(self, settlement: Settlement) -> bool:
         """Forgets what was settled; returns whether others may be claimed in its place."""

@@ -81,7 +81,7 @@ class Holdings:
 
     def remove(self, settlement: Settlement) -> None:
         """Removes what was settled."""
-        for batch in settlement.of_claims:
+        for batch in settlement.batches:
             claim = batch.claim  # of which another may have the name by now: a server that crashed forgot the first
             if claim and claim.upto in settlement.finished_claims and self._claims.get(claim.upto) is claim:
                 del self._claims[claim.upto]

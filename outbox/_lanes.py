@@ -79,6 +79,10 @@ class Lanes:
         """The positions of those in hand that had been waiting."""
         return list(self._waiting)
 
+    def waited(self, positions: Iterable[int]) -> list[int]:
+        """Returns which of these, in hand, had been waiting."""
+        return [position for position in positions if position in self._waiting] if self._waiting else []
+
     def fresh(self) -> Iterator[Message]:
         """Goes through those in hand that had not been waiting."""
         return (message for position, message in self.held.items() if position not in self._waiting)

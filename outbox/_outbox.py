@@ -325,13 +325,13 @@ class Outbox(Tables):
         """Deletes retrieved messages, delivered or not."""
         await self._settle(connection, messages, self._queries.remove, self._queries.remove_waiting)
 
-    async def _settle(self, connection: Connection, messages: Sequence[Message], *statements: str) -> None:
-        positions = [position_of(message) for message in messages]
-        if positions:
+    async def _settle(self, connection: Connection, messages: Sequence[Message], fresh: str, waiting: str) -> None:
+        positions = listed(position_of(message) for message in messages)
+        if messages:
             with self._surfacing("cannot settle"):
                 async with connection.transaction():
-                    for statement in statements:
-                        await connection.execute(statement, listed(positions))
+                    await connection.execute(fresh, positions)
+                    await connection.execute(waiting, positions, [message.id for message in messages])
 
     async def clear(self, connection: Connection) -> None:
         """Deletes every message: pending, waiting, dispatched and dead."""

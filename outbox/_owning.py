@@ -550,7 +550,9 @@ class Owning:
         """Notes what the destination accepted."""
         if self.is_mine(batch):
             positions = [message._position or 0 for message in messages]
-            self._outcomes.delivered += positions
+            waited = self._lanes.waited(positions)
+            self._outcomes.delivered_waiting += waited
+            self._outcomes.delivered += [one for one in positions if one not in waited] if waited else positions
             self._outcomes.crash_suspects += batch.suspect is Suspect.CRASH
             self._outcomes.messages += len(positions)
             self._outcomes.finished_claims += self._lanes.answer(positions)
@@ -658,7 +660,7 @@ class Owning:
         """
         if self._is_stale or settlement.owner != self._membership.owner:
             return
-        epochs, held = self._slots.epochs, self._lanes.held
+        epochs, held = self._slots.epochs, dict(self._lanes.held)
         # And one more, for being alive: a relay that owns nothing may be dead as well.
         if await connection.fetchval(self._lane_queries.owned, settlement.owner, epochs) < len(epochs) + 1:
             self._is_stale = True
@@ -669,8 +671,12 @@ class Owning:
         if settlement.postponed or settlement.buried:
             # What is to come in order goes by where the head is. A crash of the server must not put it back.
             await connection.execute(self._lane_queries.durable)
-        doubtful = {position: held[position].id for position in self._doubtful & held.keys()}
-        await settle(connection, self._queries, settlement, self._commit, doubtful)
+
+        def ids(positions: Iterable[int]) -> list[UUID]:
+            return [held[position].id for position in positions]
+
+        in_doubt = not self._doubtful.isdisjoint([*settlement.delivered, *settlement.set_aside])
+        await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=in_doubt)
         if settlement.parked:
             lanes, heads = zip(*settlement.parked, strict=True)
             await connection.execute(self._lane_queries.park, lanes, heads)
@@ -681,7 +687,7 @@ class Owning:
             return False
         del self._unsettled[0]  # which it was
         answered: list[Postponed | Buried] = [*settlement.postponed, *settlement.buried]
-        positions = [*settlement.delivered, *(outcome.position for outcome in answered)]
+        positions = [*settlement.delivered, *settlement.delivered_waiting, *(outcome.position for outcome in answered)]
         if self._blocked:
             lanes = {held._lane for position in positions if (held := self._lanes.held.get(position))}
             self._resuming |= self._blocked & lanes

@@ -235,28 +235,32 @@ class Queries:
         self.mark = f"""
             UPDATE {outbox} SET dispatched_at = clock_timestamp()
             WHERE position = ANY($1::text::bigint[]) AND dispatched_at IS NULL"""
-        self.remove_waiting = f"DELETE FROM {waiting} WHERE position = ANY($1::text::bigint[])"
+        self.remove_waiting = f"""
+            DELETE FROM {waiting} AS w USING unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
+            WHERE w.position = m.position AND w.id = m.id"""
         self.mark_waiting = f"""
-            WITH done AS (DELETE FROM {waiting} WHERE position = ANY($1::text::bigint[]) RETURNING *)
+            WITH done AS ({self.remove_waiting} RETURNING w.*)
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
-        # In one round trip: of the claims $3, while all of them are there, what was delivered; and those of them that
-        # are finished by it, $4. A server that crashed, or failed over to one that was behind, may have forgotten a
-        # claim, and given out its positions anew. The claims go first, as in a take-over. The answer is how many
-        # messages were found.
+
+        # In one round trip, while all of the claims $3 are there: those of them that are finished by it, $4, and then
+        # what was delivered. A server that crashed, or failed over to one that was behind, may have forgotten a claim,
+        # and given out its positions anew. The answer is how many messages were found.
         of_claims = f"""
-            WITH dropped AS (DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2 RETURNING upto),
-            known AS (
-                SELECT count(*) AS claims FROM {claims}
-                WHERE upto = ANY($3::bigint[]) AND owner = $2 AND (SELECT count(*) FROM dropped) >= 0)"""
-        if_known = "AND (SELECT claims FROM known) = cardinality($3)"
+            WITH known AS (
+                SELECT count(*) = cardinality($3::bigint[]) AS are_all FROM {claims}
+                WHERE upto = ANY($3) AND owner = $2),
+            dropped AS (
+                DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2 AND (SELECT are_all FROM known)
+                RETURNING upto)"""
+        if_known = "AND (SELECT are_all FROM known) AND (SELECT count(*) FROM dropped) >= 0"
         self.remove_claimed, self.mark_claimed = (f"{of_claims} {one} {if_known}" for one in (self.remove, self.mark))
 
-        # Which of these positions are another message's by now.
-        self.replaced = f"""
-            SELECT m.position FROM unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
-            JOIN {outbox} AS o USING (position) WHERE o.id <> m.id"""
+        # Where the same message still is; locked, it stays there.
+        self.still_fresh = f"""
+            SELECT o.position FROM unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
+            JOIN {outbox} AS o ON o.position = m.position AND o.id = m.id FOR UPDATE OF o"""
 
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""

@@ -319,6 +319,7 @@ async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
 
 
 @pytest.mark.parametrize("commit", CommitStrategy)
+@pytest.mark.parametrize("are_delayed", [False, True], ids=["fresh", "delayed"])
 @pytest.mark.parametrize(
     ("notices", "fails"), [(False, False), (True, False), (True, True)], ids=["unnoticed", "noticed", "noticed, failed"]
 )
@@ -328,6 +329,7 @@ async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
     outbox: Outbox,
     hand: asyncpg.Connection[Any],
     *,
+    are_delayed: bool,
     notices: bool,
     fails: bool,
 ) -> None:
@@ -349,7 +351,7 @@ async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
             hands.delivered(batch, batch.messages)
         hands.done(batch, [])
         await hand.execute("TRUNCATE outbox, outbox_claims RESTART IDENTITY")
-        await write(pool, outbox, "a", "b", "c")
+        await write(pool, outbox, "a", "b", "c", due_at=datetime.now(UTC) + _HOUR if are_delayed else None)
         if notices:
             hands.doubt()
             # The same relay may have claimed the new ones since, and so under the same name.
@@ -361,7 +363,38 @@ async def test_what_was_given_out_anew_is_not_settled_for_what_was_forgotten(
         hands.settled(settlement)
         left = await outbox.retrieve(connection, 10)
     assert [(message.position, message.payload) for message in left] == [(1, "a"), (2, "b"), (3, "c")]
-    assert await counts(pool, outbox) == (0, 3, 0, 0)
+    assert await counts(pool, outbox) == (0, 3, 3 if are_delayed else 0, 0)
+
+
+async def test_a_claim_that_is_gone_does_not_take_another_one_with_it(
+    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any]
+) -> None:
+    """Settled together with what somebody has cleared away by hand, a message is settled nevertheless."""
+    membership = Membership(outbox, _HOUR, "none")
+    settings = {"commit": CommitStrategy.DELETE, "poll_interval": _HOUR}
+    hands = Competing(outbox, membership, batch_size=10, concurrency=1, **settings)  # type: ignore[arg-type]
+    async with pool.acquire() as connection:
+        async with connection.transaction():
+            await membership.register(connection)
+        for payload in (1, 2):
+            await write(pool, outbox, payload)
+            async with connection.transaction():
+                await hands.claim(connection)
+            hands.claimed()
+            batch = hands.take()
+            assert batch
+            hands.delivered(batch, batch.messages)
+            hands.done(batch, [])
+            if payload == 1:
+                await outbox.clear(hand)
+        settlement = hands.to_settle()
+        assert settlement
+        assert len(settlement.delivered) == 2
+        async with connection.transaction():
+            await hands.settle(connection, settlement)
+        hands.settled(settlement)
+    assert await counts(pool, outbox) == (0, 0, 0, 0)
+    assert await hand.fetchval("SELECT count(*) FROM outbox_claims") == 0
 
 
 @pytest.mark.timeout(60)  # as long as all of its chances may take
