@@ -77,7 +77,7 @@ class Queries:
         }
         names["sequence"] = names.pop("position")
         names["sequence_text"] = _literal(names["sequence"])
-        names["outbox_text"] = _literal(names["outbox"])
+        names["outbox_text"], names["claims_text"] = _literal(names["outbox"]), _literal(names["claims"])
         for index in ("waiting_due", "waiting_crash", "waiting_lane", "waiting_head", "dead_behind"):
             names[index] = _quoted(f"{table}_{index}")
         names["claims_pkey"] = _quoted(f"{table}_claims_pkey")  # which PostgreSQL has chosen
@@ -319,13 +319,18 @@ class Queries:
 
         # Everybody who may still commit a position that was taken before this statement: a writer holds this lock
         # from before it takes a position until after its commit is visible. An unrelated transaction does not. A
-        # prepared one has no pid. Whoever asks has only settled, if it holds the lock itself.
+        # prepared one has no pid. Who holds it on the claims as well, and has taken no position, only settles: relays
+        # do that all the time, and must not wait for each other.
         self.writers = f"""
-            SELECT DISTINCT virtualtransaction, pid FROM pg_catalog.pg_locks
+            SELECT virtualtransaction, pid FROM pg_catalog.pg_locks
             WHERE locktype = 'relation' AND mode = 'RowExclusiveLock' AND granted
-                AND pid IS DISTINCT FROM pg_backend_pid()
                 AND database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
-                AND relation = {names["outbox_text"]}::regclass"""
+                AND relation IN ({names["outbox_text"]}::regclass, {names["sequence_text"]}::regclass,
+                    {names["claims_text"]}::regclass)
+            GROUP BY virtualtransaction, pid
+            HAVING bool_or(relation = {names["outbox_text"]}::regclass) AND (
+                bool_or(relation = {names["sequence_text"]}::regclass)
+                OR NOT bool_or(relation = {names["claims_text"]}::regclass))"""
 
         # --- the verbs ----------------------------------------------------------------------------------
 

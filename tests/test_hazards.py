@@ -785,3 +785,32 @@ async def test_the_complaint_about_a_pool_that_is_too_small_says_who_else_may_ne
     async with asyncpg.create_pool(dsn, min_size=0, max_size=wanted - 1) as pool:
         with pytest.raises(ValueError, match=f"max_size of at least {wanted}, and more when .* the destination"):
             await Relay(outbox, pool, Destination(), listen=listen).run()
+
+
+# --- who is waited for -------------------------------------------------------------------------------------
+
+
+async def test_who_settles_is_no_writer_and_who_has_taken_a_position_is_one(
+    dsn: str, outbox: Outbox, hand: asyncpg.Connection[Any]
+) -> None:
+    queries = Claims(outbox, Membership(outbox, _HOUR, "none"))._queries  # noqa: SLF001 -- the statement itself
+    insert = "INSERT INTO outbox (position, id, topic, headers, payload) VALUES ($1, gen_random_uuid(), 't', '{}', '')"
+    settle: tuple[Any, ...] = (queries.remove_claimed, "{1}", uuid4(), [], [])
+
+    async def is_waited_for(*statements: tuple[Any, ...]) -> bool:
+        other = await asyncpg.connect(dsn, server_settings={"search_path": outbox.schema})
+        transaction = other.transaction()
+        await transaction.start()
+        for statement, *arguments in statements:
+            await other.execute(statement, *arguments)
+        writers = await hand.fetch(queries.writers)
+        await transaction.rollback()
+        await other.close()
+        return bool(writers)
+
+    assert not await is_waited_for(("SELECT 1",))
+    assert not await is_waited_for(settle)
+    assert await is_waited_for((insert, 7)), "also with a position of its own"
+    fresh = insert.replace("(position, ", "(").replace("$1, ", "")
+    assert await is_waited_for((fresh,))
+    assert await is_waited_for(settle, (fresh,)), "whatever else it does"
