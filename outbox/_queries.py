@@ -235,11 +235,15 @@ class Queries:
         self.mark = f"""
             UPDATE {outbox} SET dispatched_at = clock_timestamp()
             WHERE position = ANY($1::text::bigint[]) AND dispatched_at IS NULL"""
-        self.remove_waiting = f"""
-            DELETE FROM {waiting} AS w USING unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
-            WHERE w.position = m.position AND w.id = m.id"""
+        # The same message by its id, in a subquery that is looked up one by one: a join would be planned by statistics
+        # that may have been taken while the table was empty. (Not by format(): the table's name may hold braces.)
+        the_same = """
+            position = ANY(ARRAY(
+                SELECT m.position FROM unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
+                WHERE m.id = (SELECT t.id FROM {} AS t WHERE t.position = m.position)))"""
+        self.remove_waiting = f"DELETE FROM {waiting} WHERE {the_same.replace('{}', waiting)}"
         self.mark_waiting = f"""
-            WITH done AS ({self.remove_waiting} RETURNING w.*)
+            WITH done AS ({self.remove_waiting} RETURNING *)
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
@@ -258,9 +262,7 @@ class Queries:
         self.remove_claimed, self.mark_claimed = (f"{of_claims} {one} {if_known}" for one in (self.remove, self.mark))
 
         # Where the same message still is; locked, it stays there.
-        self.still_fresh = f"""
-            SELECT o.position FROM unnest($1::text::bigint[], $2::uuid[]) AS m (position, id)
-            JOIN {outbox} AS o ON o.position = m.position AND o.id = m.id FOR UPDATE OF o"""
+        self.still_fresh = f"SELECT position FROM {outbox} WHERE {the_same.replace('{}', outbox)} FOR UPDATE"
 
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""
