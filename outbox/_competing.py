@@ -91,7 +91,6 @@ class Competing:
 
     async def claim(self, connection: Connection) -> None:
         """Claims what there is room for; only the COMMIT makes it so, and then `claimed` is called."""
-        await self._wait_for_own(connection)
         await self._reconcile(connection)
         claims, started = self._claims, monotonic()
         sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
@@ -111,20 +110,16 @@ class Competing:
 
     async def claim_one(self, connection: Connection) -> None:
         """Claims one batch: of fresh messages, else of those that are due, else one suspect of a crash."""
-        await self._wait_for_own(connection)
         await self._reconcile(connection)
         room = Room(self._size, self._holdings.room().bytes)
         self._claimed = [*await self._claims.claim_fresh(connection, room, self._size, sweep=True)]
         if not self._claimed:
             await self._claim_due(connection, room)
 
-    async def _wait_for_own(self, connection: Connection) -> None:
-        if self._in_doubt:
-            await self._membership.wait_for_own(connection)
-
     async def _reconcile(self, connection: Connection) -> None:
         """Lets go of what the last claim, its outcome unknown, may have left."""
         if self._in_doubt:
+            await self._membership.wait_for_own(connection)
             await self._claims.reconcile(connection, self._holdings.claims, self._holdings.waiting)
         self._in_doubt = True
 

@@ -573,9 +573,8 @@ class Owning:
                 self._fail(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
             elif isinstance(outcome, Buried):
                 self._bury(outcome, lane)
-            elif (
-                lane in heads or ahead.get(lane, HIGHEST) < outcome.position
-            ):  # no attempt of its own: with a head before it, it could not but fail
+            elif lane in heads or ahead.get(lane, HIGHEST) < outcome.position:
+                # No attempt of its own: with a head before it, it could not but fail.
                 attempts = self._lanes.held[outcome.position].attempts
                 self._fail(outcome._replace(delay=None, attempts=attempts, suspect=None, lane=lane))
             else:

@@ -526,7 +526,7 @@ class Worker:
             await self._news.wait()
             self._news.clear()
             if not self._has_many and self._hands.settles_beside:
-                await anyio.sleep(_SETTLE_INTERVAL)
+                await anyio.sleep(_SETTLE_INTERVAL)  # more is on its way, and nobody waits for it to be settled
             await self._persistently(self._settle)
 
     async def _settle(self) -> None:
