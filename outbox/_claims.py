@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from operator import itemgetter
 from time import monotonic
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -15,16 +14,17 @@ import asyncpg
 from outbox._horizon import LOWEST, Horizon
 from outbox._membership import Membership
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox, affected, listed
+from outbox._outbox import Connection, Outbox, listed
 from outbox._queries import Queries
 
-_BODY: Final = 5
-"""Where in a row of lock_fresh, or of read, the body is."""
-body_of: Final = itemgetter(_BODY)
+BODY: Final = 5
+"""Where in a row of a fresh message the body is."""
 SMALLEST_WINDOW: Final = 200
 """Messages that a relay may hold at least, so that small batches are not claimed one by one."""
 WINDOW_BYTES: Final = 16 * 1024 * 1024
 """Bytes of bodies that a relay holds at most, about: one message at least is held, however large it is."""
+NO_LIMIT: Final = 86_400.0
+"""Seconds that a statement may take by itself, where the transaction it is in has a limit."""
 EVER: Final = datetime(1, 1, 1, tzinfo=UTC), LOWEST
 """Before every waiting message."""
 
@@ -59,11 +59,11 @@ class Claim:
 
     __slots__ = ("in_doubt", "outstanding", "size", "upto")
 
-    def __init__(self, upto: int, rows: Sequence[Any]) -> None:
-        self.upto = upto
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self.upto: int = rows[-1][0]
         self.in_doubt = False
         self.outstanding = len(rows)
-        self.size = sum([len(row[_BODY]) for row in rows])
+        self.size = sum([len(row[BODY]) for row in rows])
 
 
 class Batch(NamedTuple):
@@ -163,6 +163,44 @@ class Settlement:
                 self.finished_claims.append(batch.claim.upto)
 
 
+async def settle_delivered(
+    connection: Connection,
+    queries: Queries,
+    settlement: Settlement,
+    commit: CommitStrategy,
+    *,
+    epochs: Sequence[int] | None = None,
+    limit: float = NO_LIMIT,
+) -> int:
+    """Writes down what was delivered as it was claimed, and nothing else; running it a second time changes nothing.
+
+    Claims are locked before messages, as in a take-over.
+
+    Args:
+        connection: For this one statement, or with a transaction open.
+        queries: Of the outbox.
+        settlement: What became of them.
+        commit: Whether those delivered are kept.
+        epochs: Where an order is kept, the slots that must still be owned, each in its epoch.
+        limit: Seconds for which it may wait for a lock.
+
+    Returns:
+        How many messages were found where the claims say, -1 when a slot is no longer owned.
+    """
+    claims = {batch.claim.upto for batch in settlement.batches if batch.claim}
+    found: int = await connection.fetchval(
+        queries.settle,
+        listed(settlement.delivered),
+        listed(claims),
+        listed(settlement.finished_claims),
+        None if epochs is None else listed(epochs),
+        settlement.owner,
+        commit is CommitStrategy.MARK,
+        int(limit * 1000),
+    )
+    return found
+
+
 async def settle(
     connection: Connection,
     queries: Queries,
@@ -174,10 +212,8 @@ async def settle(
 ) -> None:
     """Writes down what became of the messages; running it a second time changes nothing.
 
-    Claims are locked before messages, as in a take-over.
-
     Args:
-        connection: With a transaction open.
+        connection: With a transaction open, which limits what its statements may take.
         queries: Of the outbox.
         settlement: What became of them.
         commit: Whether those delivered are kept.
@@ -186,7 +222,8 @@ async def settle(
     """
     mark, delivered, waiting = commit is CommitStrategy.MARK, settlement.delivered, settlement.delivered_waiting
     set_aside = settlement.set_aside
-    if not delivered or in_doubt or not await _settle_claimed(connection, queries, settlement, mark=mark):
+    is_known = delivered and not in_doubt
+    if not (is_known and await settle_delivered(connection, queries, settlement, commit) == len(delivered)):
         if settlement.finished_claims:
             await connection.execute(queries.drop_claims, settlement.owner, settlement.finished_claims)
         if delivered or in_doubt:
@@ -203,16 +240,6 @@ async def settle(
     if set_aside:
         await connection.execute(queries.set_aside, settlement.owner, listed(set_aside))
     await _settle_failures(connection, queries, settlement)
-
-
-async def _settle_claimed(connection: Connection, queries: Queries, settlement: Settlement, *, mark: bool) -> bool:
-    """Settles what was delivered, and the claims; False when it is not what the table says of them."""
-    delivered, claims = settlement.delivered, {batch.claim.upto for batch in settlement.batches if batch.claim}
-    statement = queries.mark_claimed if mark else queries.remove_claimed
-    status = await connection.execute(
-        statement, listed(delivered), settlement.owner, list(claims), settlement.finished_claims
-    )
-    return affected(status) == len(delivered)
 
 
 async def _still_fresh(
@@ -246,23 +273,6 @@ async def _settle_failures(connection: Connection, queries: Queries, settlement:
             [one.lane for one in buried],
             [one.behind for one in buried],
         )
-
-
-async def with_large_bodies(
-    connection: Connection, queries: Queries, rows: Sequence[asyncpg.Record], room: int
-) -> list[Any]:
-    """Completes rows with their bodies, one at least, and as many as there is room for."""
-    complete: list[Any] = []
-    for row in rows:
-        if row[_BODY] is not None:
-            complete.append(row)
-        elif room > 0 or not complete:
-            body = await connection.fetchval(queries.body, row[0])
-            room -= len(body)
-            complete.append((*row[:_BODY], body, *row[_BODY + 1 :]))
-        else:
-            break
-    return complete
 
 
 class DueSearch:
@@ -323,23 +333,21 @@ class Claims:
         if self._horizon.bound > LOWEST:  # seen before the look: so this one need not be done again for the floor
             self._floor = min(self._horizon.bound, self._cursor)
 
-    async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Rows]:
-        """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
+    async def claim_fresh(
+        self, connection: Connection, room: Room, size: int, *, sweep: bool, limit: float = NO_LIMIT
+    ) -> list[Rows]:
+        """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size.
+
+        In one statement, which needs no transaction open; after so many seconds it claims nothing any more.
+        """
         owner, bound = self._membership.owner, self._floor if sweep else self._cursor
-        rows = await connection.fetch(self._queries.lock_fresh, bound, room.messages)
-        if None in map(body_of, rows):
-            rows = await with_large_bodies(connection, self._queries, rows, room.bytes)
+        rows = await connection.fetch(
+            self._queries.claim_fresh, bound, owner, room.messages, room.bytes, int(limit * 1000)
+        )
         if not rows:
             return []
-        positions = [row[0] for row in rows]
-        claimed = await connection.fetchrow(self._queries.record_claim, bound, owner, listed(positions), len(positions))
-        self._cursor = max(self._cursor, positions[-1])
-        if claimed is None:
-            return []
-        if claimed["positions"] is not None:
-            mine = set(claimed["positions"])
-            rows = [row for row in rows if row[0] in mine]
-        claim = Claim(claimed["upto"], rows)
+        self._cursor = max(self._cursor, rows[-1][0])
+        claim = Claim(rows)
         return [Rows(owner, rows[start : start + size], claim) for start in range(0, len(rows), size)]
 
     def made(self, batch: Rows) -> Batch:

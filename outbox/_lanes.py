@@ -37,8 +37,8 @@ class Lanes:
     def __init__(self, in_delivery: int) -> None:
         self.held: dict[int, Message] = {}
         """By position: queued, in delivery, or answered and not settled yet."""
-        self._window = max(SMALLEST_WINDOW, 4 * in_delivery)
-        self._limit = _LANES_BEHIND * self._window
+        self.half = max(SMALLEST_WINDOW, 4 * in_delivery) // 2
+        self._limit = _LANES_BEHIND * 2 * self.half
         self._readings: list[Reading] = []
         # The bytes of each message that had been waiting.
         self._waiting: dict[int, int] = {}
@@ -52,23 +52,23 @@ class Lanes:
     def is_half_full(self) -> bool:
         """Whether there is no need yet to read more.
 
-        What is queued behind a delivery of its own lane does not count: one that takes long must not keep the others
-        from being read.
+        What is answered, and about to be settled, does not count. Nor does what is queued behind a delivery of its own
+        lane: one that takes long must not keep the others from being read.
         """
-        half, count = self._window // 2, len(self.held)
-        if self._bytes > WINDOW_BYTES // 2 or count >= self._limit:
+        if self._bytes > WINDOW_BYTES // 2 or len(self.held) >= self._limit:
             return True
-        if count <= half:
+        count = sum([len(reading.left) for reading in self._readings]) + len(self._waiting)
+        if count <= self.half:
             return False
-        return count - sum([len(queue) for lane, queue in self._queues.items() if lane in self._busy]) > half
+        return count - sum([len(queue) for lane, queue in self._queues.items() if lane in self._busy]) > self.half
 
     def room(self) -> Room:
         """Returns how many fresh messages may be read."""
-        return Room(min(self._limit - len(self.held), self._window // 2), WINDOW_BYTES - self._bytes)
+        return Room(min(self._limit - len(self.held), self.half), WINDOW_BYTES - self._bytes)
 
     def room_for_waiting(self) -> Room:
         """Returns how many waiting messages may be claimed: neither they nor the fresh ones crowd the others out."""
-        return Room(self._window // 2 - len(self._waiting), WINDOW_BYTES - self._bytes)
+        return Room(self.half - len(self._waiting), WINDOW_BYTES - self._bytes)
 
     @property
     def _bytes(self) -> int:

@@ -795,14 +795,14 @@ async def test_who_settles_is_no_writer_and_who_has_taken_a_position_is_one(
 ) -> None:
     queries = Claims(outbox, Membership(outbox, _HOUR, "none"))._queries  # noqa: SLF001 -- the statement itself
     insert = "INSERT INTO outbox (position, id, topic, headers, payload) VALUES ($1, gen_random_uuid(), 't', '{}', '')"
-    settle: tuple[Any, ...] = (queries.remove_claimed, "{1}", uuid4(), [], [])
+    settle: tuple[Any, ...] = (queries.settle, "{1}", "{}", "{}", None, uuid4(), False, 1_000)
 
     async def is_waited_for(*statements: tuple[Any, ...]) -> bool:
         other = await asyncpg.connect(dsn, server_settings={"search_path": outbox.schema})
         transaction = other.transaction()
         await transaction.start()
         for statement, *arguments in statements:
-            await other.execute(statement, *arguments)
+            await other.fetch(statement, *arguments)
         writers = await hand.fetch(queries.writers)
         await transaction.rollback()
         await other.close()

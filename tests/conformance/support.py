@@ -125,6 +125,29 @@ async def plan(connection: asyncpg.Connection, begin: str, statement: str, *argu
     return answer
 
 
+async def plans_inside(connection: asyncpg.Connection, call: str, *arguments: object) -> list[dict[str, Any]]:
+    """Calls a function, undoes it, and returns the top node of the plan of each statement inside, in their order."""
+    told: list[str] = []
+
+    def listen(_: object, message: asyncpg.PostgresLogMessage) -> None:
+        told.append(message.message)
+
+    settings = ("log_min_duration = 0", "log_nested_statements = on", "log_analyze = on", "log_buffers = on")
+    await connection.execute("LOAD 'auto_explain'; SET auto_explain.log_format = json; SET client_min_messages = log")
+    await connection.execute("; ".join(f"SET auto_explain.{setting}" for setting in settings))
+    connection.add_log_listener(listen)
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        await connection.fetch(call, *arguments)
+    finally:
+        await transaction.rollback()
+        await connection.execute("RESET auto_explain.log_min_duration; RESET client_min_messages")
+        await asyncio.sleep(0)  # one turn of the loop, in which the listener is called
+        connection.remove_log_listener(listen)
+    return [json.loads(one[one.index("{") :])["Plan"] for one in told if "Query Text" in one and call not in one]
+
+
 async def prepare(connection: asyncpg.Connection, begin: str, statement: str) -> None:
     """Prepares a statement for `explain` as a relay does."""
     await connection.execute(begin)

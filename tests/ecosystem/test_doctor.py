@@ -409,14 +409,18 @@ async def test_rights_that_a_relay_misses(connection: Connection, outbox: Outbox
         GRANT USAGE ON SCHEMA {schema} TO {role};
         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};
         GRANT SELECT ON ALL SEQUENCES IN SCHEMA {schema} TO {role};
-        REVOKE UPDATE, DELETE ON {schema}.outbox FROM {role}""")  # noqa: S608 -- our own schema
+        REVOKE UPDATE, DELETE ON {schema}.outbox FROM {role};
+        REVOKE EXECUTE ON FUNCTION {schema}.outbox_settle FROM PUBLIC""")  # noqa: S608 -- our own schema
     async with another(dsn.replace("postgres@", f"{role}@")) as clerk:
-        finding, blind = await findings(clerk, outbox)
-        assert finding.level == "problem"
+        finding, calling, blind = await findings(clerk, outbox)
+        assert finding.level == calling.level == "problem"
         assert finding.what == f'the role {role!r} has no DELETE, UPDATE on {schema}."outbox", which a relay needs'
+        assert calling.what.startswith(
+            f'the role {role!r} has no EXECUTE on FUNCTION {schema}."outbox_settle"(bigint[]'
+        )
         assert blind.level == "warning"
         assert "cannot see the sessions of others" in blind.what
-        for one in (finding, blind):
+        for one in (finding, calling, blind):
             await remedied(connection, one)
         assert await findings(clerk, outbox) == []
     await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
