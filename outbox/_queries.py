@@ -1,8 +1,8 @@
-"""Every SQL statement of this library, each with its why.
+"""Every SQL statement of this library, each with its why; those inside of its functions are in the migrations.
 
 Three rules hold for all of them. A search of the fresh messages has a lower bound, so that it never walks over
 rows that are dead but cannot be vacuumed while somebody holds an old snapshot. Whatever is done to many messages
-is one statement with arrays. And nothing relies on the session: settings are local to a transaction.
+is one statement with arrays. And nothing relies on the session: settings are local to a transaction, or to a function.
 """
 
 from hashlib import sha256

@@ -36,9 +36,11 @@ from outbox import (
     RelayFenced,
     RelaysDied,
 )
-from outbox._claims import Buried, Claims, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._claims import Buried, Claims, Room, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
 from outbox._competing import Competing  # noqa: TID251 -- the same
 from outbox._membership import Membership  # noqa: TID251 -- the same
+from outbox._owning import Owning  # noqa: TID251 -- the same
+from outbox._queries import LaneQueries, Ordering  # noqa: TID251 -- the statements themselves
 from outbox.embedded import Server
 from tests.conformance.support import Events
 from tests.conftest import StartServer
@@ -283,12 +285,39 @@ async def test_a_suspect_settled_before_a_claim_makes_room_for_the_next_at_once(
         await destination.has_accepted(3)
 
 
+@pytest.mark.parametrize("order", ["none", "key"])
+async def test_what_was_delivered_is_settled_while_others_are_claimed(
+    pool: asyncpg.Pool[Any], outbox: Outbox, monkeypatch: pytest.MonkeyPatch, order: Ordering
+) -> None:
+    gate, held, destination = asyncio.Event(), asyncio.Event(), Asking()
+    kind, name = (Claims, "claim_fresh") if order == "none" else (Owning, "_read")
+    claim = getattr(kind, name)
+
+    async def hold(*arguments: Any, **options: Any) -> Any:
+        if not gate.is_set():
+            held.set()
+            await gate.wait()
+        return await claim(*arguments, **options)
+
+    gate.set()
+    monkeypatch.setattr(kind, name, hold)
+    await write(pool, outbox, 1, 2, 3)
+    async with running(outbox, pool, destination, order=order):
+        call = await destination.next()
+        gate.clear()
+        await held.wait()
+        call.answer.set_result(None)
+        await until_counts(pool, outbox, (0, 0, 0, 0))
+        gate.set()
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
 async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
-    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any]
+    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any], order: Ordering
 ) -> None:
     destination, events = Asking(), Events()
     await write(pool, outbox, *range(1_000))
-    settings = {"batch_size": 10, "concurrency": 1, "lease": timedelta(seconds=1), "hooks": [events]}
+    settings = {"batch_size": 10, "concurrency": 1, "lease": timedelta(seconds=1), "hooks": [events], "order": order}
     async with running(outbox, pool, destination, **settings):
         first = await destination.next()
         lock = hand.transaction()
@@ -313,6 +342,49 @@ async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
             await until_counts(pool, outbox, (0, 0, 0, 0))
             answers.cancel()
     assert not [*events.of(RelayFenced), *events.of(RelaysDied)]
+
+
+# --- what is a transaction by itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["none", "key"])
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+async def test_two_relays_share_the_work_whatever_isolation_is_the_default(
+    dsn: str, pool: asyncpg.Pool[Any], outbox: Outbox, order: Ordering, isolation: str
+) -> None:
+    destination, strict = Destination(), {"default_transaction_isolation": isolation}
+    await write(pool, outbox, *range(2_000))
+    async with (
+        asyncpg.create_pool(dsn, min_size=0, max_size=6, server_settings=strict) as theirs,
+        running(outbox, theirs, destination, order=order, batch_size=10),
+        running(outbox, theirs, destination, order=order, batch_size=10),
+    ):
+        await destination.has_accepted(2_000)
+        await until_counts(pool, outbox, (0, 0, 0, 0))
+    assert sorted(destination.accepted) == list(range(2_000))
+
+
+async def test_nothing_is_claimed_at_a_stricter_isolation(outbox: Outbox, hand: asyncpg.Connection[Any]) -> None:
+    claim = Claims(outbox, Membership(outbox, _HOUR, "none"))._queries.claim_fresh  # noqa: SLF001 -- the call itself
+    async with hand.transaction(isolation="repeatable_read"):
+        with pytest.raises(asyncpg.ActiveSQLTransactionError, match="at the isolation level read committed"):
+            await hand.fetch(claim, 0, uuid4(), 10, _MEGABYTE, 1_000)
+
+
+async def test_a_claim_that_takes_longer_than_its_relay_waits_is_none(
+    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any]
+) -> None:
+    await write(pool, outbox, 1, 2, 3)
+    claims, read = Claims(outbox, Membership(outbox, _HOUR, "none")), LaneQueries(outbox._queries, "key").read  # noqa: SLF001
+    membership = claims._membership  # noqa: SLF001 -- the same
+    await membership.register(hand)
+    room = Room(10, _MEGABYTE)
+    with pytest.raises(asyncpg.QueryCanceledError, match="it took longer than 0 ms to claim messages"):
+        await claims.claim_fresh(hand, room, 10, sweep=False, limit=0)
+    with pytest.raises(asyncpg.QueryCanceledError, match="it took longer than 0 ms to read messages"):
+        await hand.fetch(read, -1, 0, 10, "{}", membership.owner, 10, _MEGABYTE, 0)
+    assert await hand.fetchval("SELECT count(*) FROM outbox_claims") == 0
+    assert [len(rows.rows) for rows in await claims.claim_fresh(hand, room, 10, sweep=False, limit=10)] == [3]
 
 
 # --- what a relay knew of a server that crashed ------------------------------------------------------------

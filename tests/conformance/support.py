@@ -119,10 +119,16 @@ def statements(connection: Any) -> Iterator[list[str]]:
 
 async def plan(connection: asyncpg.Connection, begin: str, statement: str, *arguments: object) -> dict[str, Any]:
     """Runs a statement in a relay's own kind of transaction, undoes it, and returns the top node of its plan."""
-    await prepare(connection, begin, statement)
-    answer = await explain(connection, begin, *arguments)
+    await connection.execute(begin)
+    await connection.execute(f"PREPARE planned AS {statement}")
+    await connection.execute("COMMIT")
+    await connection.execute(begin)
+    execute = f"EXECUTE planned ({', '.join(map(_literal, arguments))})"
+    answer = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}")
+    await connection.execute("ROLLBACK")
     await connection.execute("DEALLOCATE planned")
-    return answer
+    top: dict[str, Any] = json.loads(answer)[0]["Plan"]
+    return top
 
 
 async def plans_inside(connection: asyncpg.Connection, call: str, *arguments: object) -> list[dict[str, Any]]:
@@ -146,23 +152,6 @@ async def plans_inside(connection: asyncpg.Connection, call: str, *arguments: ob
         await asyncio.sleep(0)  # one turn of the loop, in which the listener is called
         connection.remove_log_listener(listen)
     return [json.loads(one[one.index("{") :])["Plan"] for one in told if "Query Text" in one and call not in one]
-
-
-async def prepare(connection: asyncpg.Connection, begin: str, statement: str) -> None:
-    """Prepares a statement for `explain` as a relay does."""
-    await connection.execute(begin)
-    await connection.execute(f"PREPARE planned AS {statement}")
-    await connection.execute("COMMIT")
-
-
-async def explain(connection: asyncpg.Connection, begin: str, *arguments: object) -> dict[str, Any]:
-    """Runs what was prepared, undoes it, and returns the top node of its plan with what it touched."""
-    await connection.execute(begin)
-    execute = f"EXECUTE planned ({', '.join(map(_literal, arguments))})"
-    answer = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}")
-    await connection.execute("ROLLBACK")
-    top: dict[str, Any] = json.loads(answer)[0]["Plan"]
-    return top
 
 
 def _literal(argument: object) -> str:
