@@ -23,8 +23,6 @@ SMALLEST_WINDOW: Final = 200
 """Messages that a relay may hold at least, so that small batches are not claimed one by one."""
 WINDOW_BYTES: Final = 16 * 1024 * 1024
 """Bytes of bodies that a relay holds at most, about: one message at least is held, however large it is."""
-NO_LIMIT: Final = 86_400.0
-"""Seconds that a statement may take by itself, where the transaction it is in has a limit."""
 EVER: Final = datetime(1, 1, 1, tzinfo=UTC), LOWEST
 """Before every waiting message."""
 
@@ -163,6 +161,11 @@ class Settlement:
                 self.finished_claims.append(batch.claim.upto)
 
 
+def in_milliseconds(limit: float | None) -> int | None:
+    """Returns a limit as the functions of the database take it."""
+    return None if limit is None else int(limit * 1000)
+
+
 async def settle_delivered(
     connection: Connection,
     queries: Queries,
@@ -170,7 +173,7 @@ async def settle_delivered(
     commit: CommitStrategy,
     *,
     epochs: Sequence[int] | None = None,
-    limit: float = NO_LIMIT,
+    limit: float | None = None,
 ) -> int:
     """Writes down what was delivered as it was claimed, and nothing else; running it a second time changes nothing.
 
@@ -182,7 +185,7 @@ async def settle_delivered(
         settlement: What became of them.
         commit: Whether those delivered are kept.
         epochs: Where an order is kept, the slots that must still be owned, each in its epoch.
-        limit: Seconds for which it may wait for a lock.
+        limit: Seconds for which it may wait for a lock; None within a transaction, which has limits of its own.
 
     Returns:
         How many messages were found where the claims say, -1 when a slot is no longer owned.
@@ -196,7 +199,7 @@ async def settle_delivered(
         None if epochs is None else listed(epochs),
         settlement.owner,
         commit is CommitStrategy.MARK,
-        int(limit * 1000),
+        in_milliseconds(limit),
     )
     return found
 
@@ -334,15 +337,15 @@ class Claims:
             self._floor = min(self._horizon.bound, self._cursor)
 
     async def claim_fresh(
-        self, connection: Connection, room: Room, size: int, *, sweep: bool, limit: float = NO_LIMIT
+        self, connection: Connection, room: Room, size: int, *, sweep: bool, limit: float | None = None
     ) -> list[Rows]:
         """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size.
 
-        In one statement, which needs no transaction open; after so many seconds it claims nothing any more.
+        In one statement, which needs no transaction open; after so many seconds it then claims nothing any more.
         """
         owner, bound = self._membership.owner, self._floor if sweep else self._cursor
         rows = await connection.fetch(
-            self._queries.claim_fresh, bound, owner, room.messages, room.bytes, int(limit * 1000)
+            self._queries.claim_fresh, bound, owner, room.messages, room.bytes, in_milliseconds(limit)
         )
         if not rows:
             return []

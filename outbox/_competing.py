@@ -8,7 +8,6 @@ from typing import Final
 from uuid import UUID
 
 from outbox._claims import (
-    NO_LIMIT,
     Batch,
     Buried,
     Claims,
@@ -109,7 +108,7 @@ class Competing:
         is_due = now >= min(self._next_start, self._next_due) or (now >= self._next_floor and self._claims.is_behind)
         return not (self._in_doubt or is_due)
 
-    async def claim_fresh(self, connection: Connection, limit: float = NO_LIMIT) -> None:
+    async def claim_fresh(self, connection: Connection, limit: float | None = None) -> None:
         """Claims fresh messages in one statement, within so many seconds; `claimed` is called once it is committed."""
         started = monotonic()
         sweep = started >= self._next_sweep

@@ -10,7 +10,6 @@ from uuid import UUID
 
 from outbox._claims import (
     BODY,
-    NO_LIMIT,
     Batch,
     Buried,
     CommitStrategy,
@@ -19,6 +18,7 @@ from outbox._claims import (
     Room,
     Settlement,
     Suspect,
+    in_milliseconds,
     settle,
     settle_delivered,
 )
@@ -387,7 +387,7 @@ class Owning:
                 parked.setdefault(lane, set()).add(head)
         return {one.lane for settlement in unsettled for one in settlement.postponed if one.lane is not None}, parked
 
-    async def _read(self, connection: Connection, reading: _Reading, room: Room, limit: float = NO_LIMIT) -> None:
+    async def _read(self, connection: Connection, reading: _Reading, room: Room, limit: float | None = None) -> None:
         slots = self._slots.at_work
         if room.messages < 1 or room.bytes < 1 or not slots:
             return
@@ -407,7 +407,7 @@ class Owning:
             reading.owner,
             room.messages,
             room.bytes,
-            int(limit * 1000),
+            in_milliseconds(limit),
         )
         is_complete = len(rows) < room.messages and sum([len(row[BODY]) for row in rows]) < room.bytes
         reading.cursor = bound if is_complete else rows[-1][0]

@@ -774,8 +774,9 @@ class OperatorQueries:
             WHERE NOT has_table_privilege(to_regclass(name), right_)
             GROUP BY name
             UNION ALL
-            SELECT current_user, 'FUNCTION ' || name, 'EXECUTE' FROM (VALUES {called}) AS called (name)
-            WHERE NOT has_function_privilege(to_regprocedure(name), 'EXECUTE')
+            SELECT current_user, 'FUNCTION ' || name, CASE WHEN to_regprocedure(name) IS NOT NULL THEN 'EXECUTE' END
+            FROM (VALUES {called}) AS called (name)
+            WHERE has_function_privilege(to_regprocedure(name), 'EXECUTE') IS NOT TRUE
             ORDER BY table_name"""
         self.sees_others = "SELECT current_user AS role, pg_has_role('pg_read_all_stats', 'USAGE') AS sees_others"
 

@@ -302,7 +302,7 @@ async def test_what_was_delivered_is_settled_while_others_are_claimed(
     gate.set()
     monkeypatch.setattr(kind, name, hold)
     await write(pool, outbox, 1, 2, 3)
-    async with running(outbox, pool, destination, order=order):
+    async with running(outbox, pool, destination, order=order, lease=_HOUR):
         call = await destination.next()
         gate.clear()
         await held.wait()
@@ -352,16 +352,17 @@ async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
 async def test_two_relays_share_the_work_whatever_isolation_is_the_default(
     dsn: str, pool: asyncpg.Pool[Any], outbox: Outbox, order: Ordering, isolation: str
 ) -> None:
-    destination, strict = Destination(), {"default_transaction_isolation": isolation}
+    destination, events, strict = Destination(), Events(), {"default_transaction_isolation": isolation}
     await write(pool, outbox, *range(2_000))
     async with (
         asyncpg.create_pool(dsn, min_size=0, max_size=6, server_settings=strict) as theirs,
-        running(outbox, theirs, destination, order=order, batch_size=10),
-        running(outbox, theirs, destination, order=order, batch_size=10),
+        running(outbox, theirs, destination, order=order, batch_size=10, hooks=[events]),
+        running(outbox, theirs, destination, order=order, batch_size=10, hooks=[events]),
     ):
         await destination.has_accepted(2_000)
         await until_counts(pool, outbox, (0, 0, 0, 0))
     assert sorted(destination.accepted) == list(range(2_000))
+    assert not events.of(DatabaseLost), "it was not by trying again"
 
 
 async def test_nothing_is_claimed_at_a_stricter_isolation(outbox: Outbox, hand: asyncpg.Connection[Any]) -> None:

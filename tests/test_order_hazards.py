@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from outbox import CommitStrategy, Message, Outbox
-from outbox._claims import Batch, Buried, Postponed  # noqa: TID251 -- a relay's steps, one by one
+from outbox._claims import Batch, Buried, Postponed, Settlement  # noqa: TID251 -- a relay's steps, one by one
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox._owning import OnFailure, Owning  # noqa: TID251 -- the same
 from outbox.embedded import Server
@@ -193,6 +193,25 @@ async def test_what_a_former_incarnation_had_to_settle_does_not_make_the_new_one
     assert settlement
     assert not lost.owning.settled(settlement)
     assert not lost.owning._is_stale  # noqa: SLF001 -- it would take a lease to show
+
+
+async def test_a_failure_that_is_settled_with_a_delivery_is_not_forgotten_by_a_crash(
+    connect: Connect, outbox: Outbox, connection: asyncpg.Connection[Any]
+) -> None:
+    relay = await hands(outbox, await connect())
+    await outbox.persist(connection, *(Message(1, topic="t", key=key) for key in "ab"))
+    await relay.join()
+    await relay.claim()
+    batch = relay.take()
+    accepted, failed = batch.messages
+    relay.owning.delivered(batch, [accepted])
+    relay.fail(batch, Postponed(failed.position or 0, _AT_ONCE, 1))
+
+    async def settle(connection: asyncpg.Connection[Any], settlement: Settlement) -> str:
+        await relay.owning.settle(connection, settlement)
+        return str(await connection.fetchval("SHOW synchronous_commit"))
+
+    assert await relay.transact(settle, relay.owning.to_settle()) == "on"
 
 
 async def test_what_a_crash_forgot_of_the_notes_is_noted_again(

@@ -1,7 +1,8 @@
 -- What a relay does all the time, in one round trip each. The settings pin the walk along the primary key: statistics
 -- taken while the queue was empty would make the planner sort the whole backlog for every batch; what cannot do without
--- is no reason to compile it. synchronous_commit is off until the end of the transaction: what a crash of the server
--- forgets of it only means a redelivery. Each function waits for a lock no longer than its caller waits for an answer.
+-- is no reason to compile it. A call that is a transaction by itself says how many milliseconds its caller waits: it
+-- waits for no lock any longer. There synchronous_commit is off: what a crash of the server forgets of it only means a
+-- redelivery. Within a transaction, whose settings and limits these are, it says NULL.
 
 -- Claims the next messages beyond a position that nobody holds. At the lower isolation each statement has a snapshot of
 -- its own, which is the point: the first locks rows, skipping those locked by another relay's claim, and may not see
@@ -25,7 +26,9 @@ BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE 'messages are claimed at the isolation level read committed' USING ERRCODE = 'active_sql_transaction';
     END IF;
-    PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    IF within_ms IS NOT NULL THEN
+        PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    END IF;
     SELECT array_agg(f.position), bool_or(f.is_large) INTO free, is_large FROM (
         SELECT o.position, octet_length(o.payload) > 16384 AS is_large
         FROM {outbox} AS o
@@ -82,7 +85,9 @@ DECLARE
     mine bigint[];
     is_large boolean;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    IF within_ms IS NOT NULL THEN
+        PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    END IF;
     SELECT array_agg(f.position), bool_or(f.is_large) INTO mine, is_large FROM (
         SELECT o.position, octet_length(o.payload) > 16384 AS is_large
         FROM {outbox} AS o
@@ -130,7 +135,9 @@ AS $settle$
 DECLARE
     found_now bigint := 0;
 BEGIN
-    PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    IF within_ms IS NOT NULL THEN
+        PERFORM set_config('synchronous_commit', 'off', true), set_config('lock_timeout', within_ms::text, true);
+    END IF;
     IF epochs IS NOT NULL AND (
         WITH alive AS (SELECT FROM {relays} WHERE owner = relay FOR KEY SHARE)
         SELECT count(*) + (SELECT count(*) FROM alive) FROM {slots}

@@ -426,6 +426,13 @@ async def test_rights_that_a_relay_misses(connection: Connection, outbox: Outbox
     await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
+async def test_a_function_that_is_missing(connection: Connection, outbox: Outbox) -> None:
+    await connection.execute(f"DROP FUNCTION {outbox.schema}.outbox_read")
+    [finding] = await findings(connection, outbox)
+    assert (finding.check, finding.level) == ("functions", "problem")
+    assert re.match(r'the FUNCTION "\w+"\."outbox_read"\(bigint, .*\) is missing', finding.what)
+
+
 @pytest.mark.skipif(Clock.library() is None, reason="libfaketime is not installed")
 async def test_a_clock_that_goes_wrong(own_server: StartServer) -> None:
     with TemporaryDirectory() as folder:
