@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from operator import itemgetter
 from time import monotonic
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -14,11 +15,12 @@ import asyncpg
 from outbox._horizon import LOWEST, Horizon
 from outbox._membership import Membership
 from outbox._message import Message
-from outbox._outbox import Connection, Outbox, listed
+from outbox._outbox import Connection, Outbox, affected, listed
 from outbox._queries import Queries
 
-BODY: Final = 5
-"""Where in a row of a fresh message the body is."""
+_BODY: Final = 5
+"""Where in a row of lock_fresh, or of read, the body is."""
+body_of: Final = itemgetter(_BODY)
 SMALLEST_WINDOW: Final = 200
 """Messages that a relay may hold at least, so that small batches are not claimed one by one."""
 WINDOW_BYTES: Final = 16 * 1024 * 1024
@@ -57,11 +59,11 @@ class Claim:
 
     __slots__ = ("in_doubt", "outstanding", "size", "upto")
 
-    def __init__(self, rows: Sequence[Any]) -> None:
-        self.upto: int = rows[-1][0]
+    def __init__(self, upto: int, rows: Sequence[Any]) -> None:
+        self.upto = upto
         self.in_doubt = False
         self.outstanding = len(rows)
-        self.size = sum([len(row[BODY]) for row in rows])
+        self.size = sum([len(row[_BODY]) for row in rows])
 
 
 class Batch(NamedTuple):
@@ -161,47 +163,9 @@ class Settlement:
                 self.finished_claims.append(batch.claim.upto)
 
 
-def in_milliseconds(limit: float | None) -> int | None:
-    """Returns a limit as the functions of the database take it."""
-    return None if limit is None else int(limit * 1000)
-
-
-async def settle_delivered(
-    connection: Connection,
-    queries: Queries,
-    settlement: Settlement,
-    commit: CommitStrategy,
-    *,
-    epochs: Sequence[int] | None = None,
-    limit: float | None = None,
-) -> int:
-    """Writes down what was delivered as it was claimed, and nothing else; running it a second time changes nothing.
-
-    Claims are locked before messages, as in a take-over.
-
-    Args:
-        connection: For this one statement, or with a transaction open.
-        queries: Of the outbox.
-        settlement: What became of them.
-        commit: Whether those delivered are kept.
-        epochs: Where an order is kept, the slots that must still be owned, each in its epoch.
-        limit: Seconds for which it may wait for a lock; None within a transaction, which has limits of its own.
-
-    Returns:
-        How many messages were found where the claims say, -1 when a slot is no longer owned.
-    """
-    claims = {batch.claim.upto for batch in settlement.batches if batch.claim}
-    found: int = await connection.fetchval(
-        queries.settle,
-        listed(settlement.delivered),
-        listed(claims),
-        listed(settlement.finished_claims),
-        None if epochs is None else listed(epochs),
-        settlement.owner,
-        commit is CommitStrategy.MARK,
-        in_milliseconds(limit),
-    )
-    return found
+def is_little_and_plain(settlements: Sequence[Settlement], most: int) -> bool:
+    """Says whether these are plain, and no more than so many messages together."""
+    return sum(one.messages for one in settlements) <= most and all(one.is_plain for one in settlements)
 
 
 async def settle(
@@ -215,8 +179,10 @@ async def settle(
 ) -> None:
     """Writes down what became of the messages; running it a second time changes nothing.
 
+    Claims are locked before messages, as in a take-over.
+
     Args:
-        connection: With a transaction open, which limits what its statements may take.
+        connection: With a transaction open.
         queries: Of the outbox.
         settlement: What became of them.
         commit: Whether those delivered are kept.
@@ -225,8 +191,7 @@ async def settle(
     """
     mark, delivered, waiting = commit is CommitStrategy.MARK, settlement.delivered, settlement.delivered_waiting
     set_aside = settlement.set_aside
-    is_known = delivered and not in_doubt
-    if not (is_known and await settle_delivered(connection, queries, settlement, commit) == len(delivered)):
+    if not delivered or in_doubt or not await _settle_claimed(connection, queries, settlement, mark=mark):
         if settlement.finished_claims:
             await connection.execute(queries.drop_claims, settlement.owner, settlement.finished_claims)
         if delivered or in_doubt:
@@ -243,6 +208,16 @@ async def settle(
     if set_aside:
         await connection.execute(queries.set_aside, settlement.owner, listed(set_aside))
     await _settle_failures(connection, queries, settlement)
+
+
+async def _settle_claimed(connection: Connection, queries: Queries, settlement: Settlement, *, mark: bool) -> bool:
+    """Settles what was delivered, and the claims; False when it is not what the table says of them."""
+    delivered, claims = settlement.delivered, {batch.claim.upto for batch in settlement.batches if batch.claim}
+    statement = queries.mark_claimed if mark else queries.remove_claimed
+    status = await connection.execute(
+        statement, listed(delivered), settlement.owner, list(claims), settlement.finished_claims
+    )
+    return affected(status) == len(delivered)
 
 
 async def _still_fresh(
@@ -276,6 +251,23 @@ async def _settle_failures(connection: Connection, queries: Queries, settlement:
             [one.lane for one in buried],
             [one.behind for one in buried],
         )
+
+
+async def with_large_bodies(
+    connection: Connection, queries: Queries, rows: Sequence[asyncpg.Record], room: int
+) -> list[Any]:
+    """Completes rows with their bodies, one at least, and as many as there is room for."""
+    complete: list[Any] = []
+    for row in rows:
+        if row[_BODY] is not None:
+            complete.append(row)
+        elif room > 0 or not complete:
+            body = await connection.fetchval(queries.body, row[0])
+            room -= len(body)
+            complete.append((*row[:_BODY], body, *row[_BODY + 1 :]))
+        else:
+            break
+    return complete
 
 
 class DueSearch:
@@ -336,21 +328,23 @@ class Claims:
         if self._horizon.bound > LOWEST:  # seen before the look: so this one need not be done again for the floor
             self._floor = min(self._horizon.bound, self._cursor)
 
-    async def claim_fresh(
-        self, connection: Connection, room: Room, size: int, *, sweep: bool, limit: float | None = None
-    ) -> list[Rows]:
-        """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size.
-
-        In one statement, which needs no transaction open; after so many seconds it then claims nothing any more.
-        """
+    async def claim_fresh(self, connection: Connection, room: Room, size: int, *, sweep: bool) -> list[Rows]:
+        """Claims the next messages beyond the cursor or, in a sweep, beyond the floor, as batches of this size."""
         owner, bound = self._membership.owner, self._floor if sweep else self._cursor
-        rows = await connection.fetch(
-            self._queries.claim_fresh, bound, owner, room.messages, room.bytes, in_milliseconds(limit)
-        )
+        rows = await connection.fetch(self._queries.lock_fresh, bound, room.messages)
+        if None in map(body_of, rows):
+            rows = await with_large_bodies(connection, self._queries, rows, room.bytes)
         if not rows:
             return []
-        self._cursor = max(self._cursor, rows[-1][0])
-        claim = Claim(rows)
+        positions = [row[0] for row in rows]
+        claimed = await connection.fetchrow(self._queries.record_claim, bound, owner, listed(positions), len(positions))
+        self._cursor = max(self._cursor, positions[-1])
+        if claimed is None:
+            return []
+        if claimed["positions"] is not None:
+            mine = set(claimed["positions"])
+            rows = [row for row in rows if row[0] in mine]
+        claim = Claim(claimed["upto"], rows)
         return [Rows(owner, rows[start : start + size], claim) for start in range(0, len(rows), size)]
 
     def made(self, batch: Rows) -> Batch:

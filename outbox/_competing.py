@@ -17,8 +17,8 @@ from outbox._claims import (
     Rows,
     Settlement,
     Suspect,
+    is_little_and_plain,
     settle,
-    settle_delivered,
 )
 from outbox._holdings import Holdings
 from outbox._membership import Membership
@@ -76,9 +76,7 @@ class Competing:
         What waits, or is dead, may not: settled late, after a new claim of the same message, it would let go of it. Nor
         may too much, or there would be no end to what the table says is in this relay's hands.
         """
-        known = [*self._unsettled, self._outcomes]
-        is_little = sum(settlement.messages for settlement in known) <= self._holdings.half
-        return is_little and all(settlement.is_plain for settlement in known)
+        return is_little_and_plain([*self._unsettled, self._outcomes], self._holdings.half)
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
@@ -101,35 +99,20 @@ class Competing:
         """Returns False, see `balance`."""
         return False
 
-    @property
-    def is_routine(self) -> bool:
-        """Whether there is nothing to do but to claim fresh messages."""
-        now = monotonic()
-        is_due = now >= min(self._next_start, self._next_due) or (now >= self._next_floor and self._claims.is_behind)
-        return not (self._in_doubt or is_due)
-
-    async def claim_fresh(self, connection: Connection, limit: float | None = None) -> None:
-        """Claims fresh messages in one statement, within so many seconds; `claimed` is called once it is committed."""
-        started = monotonic()
-        sweep = started >= self._next_sweep
-        self._in_doubt = True
-        room = self._holdings.room()
-        self._claimed = [*await self._claims.claim_fresh(connection, room, self._size, sweep=sweep, limit=limit)]
-        if sweep:
-            self._next_sweep = after(started, 0.0)
-
     async def claim(self, connection: Connection) -> None:
         """Claims what there is room for; only the COMMIT makes it so, and then `claimed` is called."""
         await self._reconcile(connection)
         claims, started = self._claims, monotonic()
-        look_for_due = started >= self._next_due
+        sweep, look_for_due = started >= self._next_sweep, started >= self._next_due
         if started >= self._next_start:
             await claims.find_start(connection)
             self._next_start = after(started, START_INTERVAL)
         if started >= self._next_floor and claims.is_behind:
             await claims.raise_floor(connection)
             self._next_floor = after(started, _FLOOR_INTERVAL)
-        await self.claim_fresh(connection)
+        self._claimed = [*await claims.claim_fresh(connection, self._holdings.room(), self._size, sweep=sweep)]
+        if sweep:
+            self._next_sweep = after(started, 0.0)
         if look_for_due:
             started = monotonic()
             more = await self._claim_due(connection, self._holdings.room_for_waiting())
@@ -222,22 +205,16 @@ class Competing:
             self._outcomes = Settlement(self._outcomes.owner)
         return self._unsettled[0] if self._unsettled else None
 
-    async def settle_delivered(self, connection: Connection, settlement: Settlement, limit: float) -> bool:
-        """Settles plain outcomes in one statement, within so many seconds; False when `settle` has to look closer."""
-        if _is_in_doubt(settlement):
-            return False
-        found = await settle_delivered(connection, self._queries, settlement, self._commit, limit=limit)
-        return found == len(settlement.delivered)
-
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages; only the COMMIT makes it so, and then `settled` is called."""
         batches = settlement.batches
+        in_doubt = any(batch.claim and batch.claim.in_doubt for batch in batches)
 
         def ids(positions: Iterable[int]) -> list[UUID]:
             by_position = {position_of(message): message.id for batch in batches for message in batch.messages}
             return [by_position[position] for position in positions]
 
-        await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=_is_in_doubt(settlement))
+        await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=in_doubt)
 
     def settled(self, settlement: Settlement) -> bool:
         """Forgets what was settled; returns whether others may be claimed in its place."""
@@ -266,7 +243,3 @@ class Competing:
         await self._membership.lock(connection)
         await self._claims.reconcile(connection, (), ())
         await self._membership.leave(connection)
-
-
-def _is_in_doubt(settlement: Settlement) -> bool:
-    return any(batch.claim and batch.claim.in_doubt for batch in settlement.batches)

@@ -279,12 +279,8 @@ def notification_queue(rows: Rows, _patient: Patient) -> Iterator[Finding]:
 
 
 def missing_rights(rows: Rows, _patient: Patient) -> Iterator[Finding]:
-    """Looks for rights that a relay of this role would miss, and for functions that are not there at all."""
+    """Looks for rights that a relay of this role would miss."""
     for row in rows:
-        if row["rights"] is None:
-            what, remedy = f"the {row['table_name']} is missing", "add it again, as `outbox schema` shows it"
-            yield Finding("functions", "problem", what, remedy)
-            continue
         what = f"the role {row['role']!r} has no {row['rights']} on {row['table_name']}, which a relay needs"
         role = row["role"].replace('"', '""')
         remedy = f'if relays use it, run: GRANT {row["rights"]} ON {row["table_name"]} TO "{role}"'

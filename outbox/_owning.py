@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 from uuid import UUID
 
 from outbox._claims import (
-    BODY,
     Batch,
     Buried,
     CommitStrategy,
@@ -18,9 +17,10 @@ from outbox._claims import (
     Room,
     Settlement,
     Suspect,
-    in_milliseconds,
+    body_of,
+    is_little_and_plain,
     settle,
-    settle_delivered,
+    with_large_bodies,
 )
 from outbox._events import Event, SlotsOwned, WriterLate
 from outbox._horizon import HIGHEST, LOWEST, Horizon
@@ -289,9 +289,7 @@ class Owning:
         be no end to what was delivered and is still there to be delivered again.
         """
         is_certain = self._doubts - self._known == (self._reading is not None) and monotonic() < self._next_start
-        known = [*self._unsettled, self._outcomes]
-        is_little = sum(settlement.messages for settlement in known) <= self._lanes.half
-        return is_certain and is_little and all(settlement.is_plain for settlement in known)
+        return is_certain and is_little_and_plain([*self._unsettled, self._outcomes], self._lanes.half)
 
     def doubt(self) -> None:
         """Takes nothing for known any more: a server that crashed may have forgotten a settling."""
@@ -301,18 +299,6 @@ class Owning:
     def look(self) -> None:
         """Looks at the waiting messages and the slots with the next claim."""
         self._next_due = self._next_balance = 0.0
-
-    @property
-    def is_routine(self) -> bool:
-        """Whether there is nothing to do but to read fresh messages, up to a horizon that is known."""
-        now = monotonic()
-        looks = self._resuming or now >= self._next_due or (self._parked and now >= self._next_departed)
-        is_known = self._known == self._doubts and now < self._next_start and self._cursor < self._horizon.bound
-        return bool(is_known and not looks and not (self._slots.is_one and self._blocked))
-
-    async def claim_fresh(self, connection: Connection, limit: float) -> None:
-        """Reads fresh messages in one statement, within so many seconds; `claimed` is called once it is committed."""
-        await self._read(connection, self._begin_reading(self._this_one()), self._lanes.room(), limit)
 
     async def claim(self, connection: Connection) -> None:
         """Reads what there is room for; only the COMMIT makes it this relay's, and then `claimed` is called."""
@@ -341,9 +327,6 @@ class Owning:
         if self._known != self._doubts or started >= self._next_start:
             await self._recollect(connection, owner)
             self._next_start = after(started, START_INTERVAL)
-        return self._begin_reading(owner)
-
-    def _begin_reading(self, owner: UUID) -> _Reading:
         self._doubts += 1
         self._reading = _Reading(owner, self._doubts, self._cursor)
         return self._reading
@@ -387,7 +370,7 @@ class Owning:
                 parked.setdefault(lane, set()).add(head)
         return {one.lane for settlement in unsettled for one in settlement.postponed if one.lane is not None}, parked
 
-    async def _read(self, connection: Connection, reading: _Reading, room: Room, limit: float | None = None) -> None:
+    async def _read(self, connection: Connection, reading: _Reading, room: Room) -> None:
         slots = self._slots.at_work
         if room.messages < 1 or room.bytes < 1 or not slots:
             return
@@ -397,19 +380,19 @@ class Owning:
         bound = min(self._horizon.bound, await self._before_head(connection, reading))
         if self._cursor >= bound:
             return
-        in_hand = self._lanes.held if self._cursor < self._read_upto else ()
-        reading.rows = rows = await connection.fetch(
-            self._lane_queries.read,
-            mask_of(slots),
-            self._cursor,
-            bound,
-            listed(in_hand),
-            reading.owner,
-            room.messages,
-            room.bytes,
-            in_milliseconds(limit),
+        in_hand = list(self._lanes.held) if self._cursor < self._read_upto else []
+        found = await connection.fetch(
+            self._lane_queries.read, mask_of(slots), self._cursor, bound, in_hand, room.messages
         )
-        is_complete = len(rows) < room.messages and sum([len(row[BODY]) for row in rows]) < room.bytes
+        rows: Sequence[Any] = found
+        if None in map(body_of, found):
+            rows = await with_large_bodies(connection, self._queries, found, room.bytes)
+        if rows:
+            positions = [row[0] for row in rows]
+            if not await connection.fetchval(self._lane_queries.claim, positions[-1], reading.owner, listed(positions)):
+                return
+            reading.rows = rows
+        is_complete = len(rows) == len(found) < room.messages
         reading.cursor = bound if is_complete else rows[-1][0]
 
     async def _look_ahead(self, connection: Connection) -> None:
@@ -677,21 +660,6 @@ class Owning:
             self._unsettled.append(self._outcomes)
             self._outcomes = Settlement(self._membership.owner)
         return self._unsettled[0] if self._unsettled else None
-
-    async def settle_delivered(self, connection: Connection, settlement: Settlement, limit: float) -> bool:
-        """Settles plain outcomes in one statement, within so many seconds, if every slot is still this relay's.
-
-        False when `settle` has to look closer.
-        """
-        if self._is_stale or settlement.owner != self._membership.owner:
-            return True  # and `settled` will see that there is nothing to do
-        if not self._doubtful.isdisjoint(settlement.delivered):
-            return False
-        found = await settle_delivered(
-            connection, self._queries, settlement, self._commit, epochs=self._slots.epochs, limit=limit
-        )
-        self._is_stale |= found < 0
-        return found < 0 or found == len(settlement.delivered)
 
     async def settle(self, connection: Connection, settlement: Settlement) -> None:
         """Writes down what became of messages, if every slot is still this relay's in the same epoch.

@@ -1,8 +1,8 @@
-"""Every SQL statement of this library, each with its why; those inside of its functions are in the migrations.
+"""Every SQL statement of this library, each with its why.
 
 Three rules hold for all of them. A search of the fresh messages has a lower bound, so that it never walks over
 rows that are dead but cannot be vacuumed while somebody holds an old snapshot. Whatever is done to many messages
-is one statement with arrays. And nothing relies on the session: settings are local to a transaction, or to a function.
+is one statement with arrays. And nothing relies on the session: settings are local to a transaction.
 """
 
 from hashlib import sha256
@@ -17,6 +17,7 @@ _LONGEST_TABLE: Final = _LONGEST_IDENTIFIER - len("_waiting_crash")
 
 # What makes the rows of a message, in the order of Message._stored. The time is sent as the eight bytes it is:
 # decoding it in the driver costs as much as all other columns together, and most destinations never read it.
+_SMALL_BODY: Final = 16 * 1024
 _MESSAGE: Final = "position, id, topic, key, headers, payload, timestamptz_send(recorded_at) AS recorded_at"
 
 _HELD: Final = """w.position, w.id, w.topic, w.key, w.headers, w.payload, timestamptz_send(w.recorded_at),
@@ -42,13 +43,6 @@ _RELAY_RIGHTS: Final = {
     "dead": "INSERT",
     "version": "SELECT",
     "sequence": "SELECT",
-}
-
-# By function, of which arguments it is; it is called by every relay too.
-FUNCTIONS: Final = {
-    "claim": "bigint, uuid, integer, bigint, integer",
-    "read": "bigint, boolean, bigint, bigint, bigint[], uuid, integer, bigint, integer",
-    "settle": "bigint[], bigint[], bigint[], bigint[], uuid, boolean, integer",
 }
 
 # What a writer gives of a message, and the types. Delayed messages have a due time more.
@@ -78,18 +72,7 @@ class Queries:
             "outbox": f"{self.schema}.{_quoted(table)}",
             **{
                 name: f"{self.schema}.{_quoted(f'{table}_{name}')}"
-                for name in (
-                    "waiting",
-                    "dead",
-                    "relays",
-                    "claims",
-                    "slots",
-                    "version",
-                    "position",
-                    "claim",
-                    "read",
-                    "settle",
-                )
+                for name in ("waiting", "dead", "relays", "claims", "slots", "version", "position")
             },
         }
         names["sequence"] = names.pop("position")
@@ -200,17 +183,37 @@ class Queries:
 
         # --- the relay: its claim -----------------------------------------------------------------------
 
-        # Which do not go with their tables.
-        self.drop_functions = f"DROP FUNCTION IF EXISTS {', '.join(names[name] for name in FUNCTIONS)}"
-
         # Positions come as the text of an array: for an array the driver asks each element whether it is one itself,
         # which takes four times as long as to write the text.
 
-        # By functions, which migrations make. These are transactions of their own: one round trip, where each statement
-        # of a transaction is another.
-        self.claim_fresh = f"SELECT * FROM {names['claim']}($1, $2, $3, $4, $5)"
-        arrays = ", ".join(f"${number}::text::bigint[]" for number in (1, 2, 3, 4))
-        self.settle = f"SELECT {names['settle']}({arrays}, $5, $6, $7)"
+        # The next messages beyond $1 that nobody holds. Rows locked by another relay's claim are skipped, not
+        # waited for. This snapshot may be older than a claim committed meanwhile: record_claim decides.
+        # A large body stays behind, to be fetched by itself if there is room for it: a limit on their sum, computed
+        # here, would cost a fifth of the speed.
+        self.lock_fresh = f"""
+            SELECT position, id, topic, key, headers,
+                CASE WHEN octet_length(payload) <= {_SMALL_BODY} THEN payload END AS payload,
+                timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts
+            FROM {outbox}
+            WHERE position > $1 AND dispatched_at IS NULL
+                AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $1)
+            ORDER BY position LIMIT $2
+            FOR UPDATE SKIP LOCKED"""
+
+        self.body = f"SELECT payload FROM {outbox} WHERE position = $1"
+
+        # Run with the rows locked and so with a snapshot that sees each claim that was ever made on them: what
+        # another relay claimed first is left out. A relay that was declared dead finds no row of its own and
+        # claims nothing; one that is not keeps the row locked against being declared so in this moment.
+        self.record_claim = f"""
+            WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE),
+            mine AS (
+                SELECT position FROM unnest($3::text::bigint[]) AS position WHERE position NOT IN (
+                    SELECT unnest(positions) FROM {claims} WHERE upto > $1))
+            INSERT INTO {claims} (upto, owner, positions)
+            SELECT max(position), $2, array_agg(position) FROM mine WHERE EXISTS (SELECT FROM alive)
+            HAVING count(*) > 0
+            RETURNING upto, CASE WHEN cardinality(positions) < $4 THEN positions END AS positions"""
 
         # After a COMMIT without an answer: what the table says this relay holds, and the relay does not know of.
         self.unknown_claims = f"SELECT upto, positions FROM {claims} WHERE owner = $1 AND upto <> ALL($2::bigint[])"
@@ -244,6 +247,19 @@ class Queries:
             INSERT INTO {outbox} (position, id, recorded_at, dispatched_at, topic, key, headers, payload)
             SELECT position, id, recorded_at, clock_timestamp(), topic, key, headers, payload FROM done"""
         self.drop_claims = f"DELETE FROM {claims} WHERE upto = ANY($2::bigint[]) AND owner = $1"
+
+        # In one round trip, while all of the claims $3 are there: those of them that are finished by it, $4, and then
+        # what was delivered. A server that crashed, or failed over to one that was behind, may have forgotten a claim,
+        # and given out its positions anew. The answer is how many messages were found.
+        of_claims = f"""
+            WITH known AS (
+                SELECT count(*) = cardinality($3::bigint[]) AS are_all FROM {claims}
+                WHERE upto = ANY($3) AND owner = $2),
+            dropped AS (
+                DELETE FROM {claims} WHERE upto = ANY($4::bigint[]) AND owner = $2 AND (SELECT are_all FROM known)
+                RETURNING upto)"""
+        if_known = "AND (SELECT are_all FROM known) AND (SELECT count(*) FROM dropped) >= 0"
+        self.remove_claimed, self.mark_claimed = (f"{of_claims} {one} {if_known}" for one in (self.remove, self.mark))
 
         # Where the same message still is; locked, it stays there.
         self.still_fresh = f"SELECT position FROM {outbox} WHERE {the_same.replace('{}', outbox)} FOR UPDATE"
@@ -546,10 +562,16 @@ class LaneQueries:
 
         # --- fresh messages -----------------------------------------------------------------------------
 
-        # What this relay has in its hands is left out; that is empty but for a walk over what was read before.
-        self.read = (
-            f"SELECT * FROM {names['read']}($1, {ordering == 'total'}, $2, $3, $4::text::bigint[], $5, $6, $7, $8)"
-        )
+        # Nobody else reads these, so nothing is locked. What this relay has in its hands is left out ($4); that is
+        # empty but for a walk over what was read before.
+        self.read = f"""
+            SELECT position, id, topic, key, headers,
+                CASE WHEN octet_length(payload) <= {_SMALL_BODY} THEN payload END AS payload,
+                timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts, {lane} AS lane
+            FROM {outbox}
+            WHERE position > $2 AND position <= $3 AND dispatched_at IS NULL AND {mine("$1")}
+                AND position NOT IN (SELECT unnest($4::bigint[]))
+            ORDER BY position LIMIT $5"""
 
         # The same as without an order, of what falls into the slots of $1: nobody else has any of it in hand.
         self.oldest = f"""
@@ -767,22 +789,16 @@ class OperatorQueries:
             for name, rights in _RELAY_RIGHTS.items()
             for right in rights.split()
         )
-        called = ", ".join(f"({_literal(f'{names[name]}({arguments})')})" for name, arguments in FUNCTIONS.items())
         self.missing_rights = f"""
             SELECT current_user AS role, name AS table_name, string_agg(right_, ', ' ORDER BY right_) AS rights
             FROM (VALUES {wanted}) AS needed (name, right_)
             WHERE NOT has_table_privilege(to_regclass(name), right_)
-            GROUP BY name
-            UNION ALL
-            SELECT current_user, 'FUNCTION ' || name, CASE WHEN to_regprocedure(name) IS NOT NULL THEN 'EXECUTE' END
-            FROM (VALUES {called}) AS called (name)
-            WHERE has_function_privilege(to_regprocedure(name), 'EXECUTE') IS NOT TRUE
-            ORDER BY table_name"""
+            GROUP BY name ORDER BY name"""
         self.sees_others = "SELECT current_user AS role, pg_has_role('pg_read_all_stats', 'USAGE') AS sees_others"
 
         # --- bench --------------------------------------------------------------------------------------
 
-        self.drop = f"DROP TABLE IF EXISTS {', '.join(names[name] for name in tables)}; {queries.drop_functions}"
+        self.drop = f"DROP TABLE IF EXISTS {', '.join(names[name] for name in tables)}"
         # The floor: what anybody would write by hand.
         self.plain_insert = f"INSERT INTO {outbox} (id, topic, headers, payload) VALUES ($1, $2, '{{}}', $3)"
         self.fill = f"""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import anyio
@@ -13,7 +13,6 @@ from outbox._errors import OutboxError
 from outbox._outbox import DRIVER_ERRORS, Connection, Pool
 
 _CLOSE_SECONDS: Final = 1.0
-_ISOLATION: Final = "SHOW default_transaction_isolation"
 
 # SQLSTATEs that time does not heal: wrong data, broken constraints, no such table, no such privilege.
 _HOPELESS: Final = ("22", "23", "28", "3D", "3F", "42")
@@ -37,7 +36,6 @@ class Session:
         self._begin = begin
         self._limit = self._usual_limit = limit
         self._connection: PoolConnectionProxy[Any] | None = None
-        self._reads_committed = False
         self._lock = anyio.Lock()
         self._is_closed = False
 
@@ -51,7 +49,8 @@ class Session:
         """Whether it has a connection."""
         return self._connection is not None
 
-    def transaction(self, at_most: float = math.inf) -> AbstractAsyncContextManager[Connection]:
+    @asynccontextmanager
+    async def transaction(self, at_most: float = math.inf) -> AsyncIterator[Connection]:
         """Opens a transaction, commits it at the end, and rolls it back when anything is raised.
 
         Args:
@@ -60,38 +59,17 @@ class Session:
         Raises:
             TimeoutError: When the limit has passed.
         """
-        return self._ready(at_most, is_one=False)
-
-    def statement(self, at_most: float = math.inf) -> AbstractAsyncContextManager[Connection]:
-        """Gives the connection for one statement, which is a transaction by itself.
-
-        At the isolation level read committed: where another is the default, a transaction is opened after all. A limit
-        that was missed does not end it on the server; the statement must see to that.
-
-        Args:
-            at_most: See `transaction`.
-
-        Raises:
-            TimeoutError: When the limit has passed.
-        """
-        return self._ready(at_most, is_one=True)
-
-    @asynccontextmanager
-    async def _ready(self, at_most: float, *, is_one: bool) -> AsyncIterator[Connection]:
         async with self._lock:
             limit, is_usual = min(at_most, self._limit), at_most >= self._limit
             try:
                 # However long the work may take, a server that answers at all begins it within the usual limit.
                 with anyio.fail_after(min(at_most, self._usual_limit)):
                     connection = await self._connected()
-                    begins = not (is_one and self._reads_committed)
-                    if begins:
-                        await connection.execute(self._begin(int(limit * 1000)))
+                    await connection.execute(self._begin(int(limit * 1000)))
                 try:
                     with anyio.fail_after(limit):
                         yield connection
-                        if begins:
-                            await connection.execute("COMMIT")
+                        await connection.execute("COMMIT")
                 except (TimeoutError, asyncpg.QueryCanceledError):
                     if is_usual:
                         self._limit *= 2
@@ -105,7 +83,6 @@ class Session:
     async def _connected(self) -> "PoolConnectionProxy[Any]":
         if self._connection is None:
             self._connection = await self._pool.acquire()
-            self._reads_committed = await self._connection.fetchval(_ISOLATION) == "read committed"
         if self._is_closed:  # or it would never be given back
             raise asyncpg.InterfaceError("the relay has ended")
         return self._connection

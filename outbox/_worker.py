@@ -56,8 +56,6 @@ _LONGEST_GATHERING: Final = 0.02
 their way, and to claim them one by one would cost their writers a tenth of their speed."""
 _SETTLE_INTERVAL: Final = 0.02
 """Seconds for which what was delivered is gathered to be settled, while there is not much of it."""
-_ON_THE_SERVER: Final = 0.5
-"""Which part of its limit a statement by itself has on the server: it must be over before the relay gives it up."""
 _LOOK_UP: Final = 1.0
 """Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
@@ -112,9 +110,6 @@ class Hands(Protocol):
     def balance_is_due(self) -> bool: ...
     async def balance(self, connection: Connection) -> bool: ...
     def balanced(self) -> None: ...
-    @property
-    def is_routine(self) -> bool: ...
-    async def claim_fresh(self, connection: Connection, limit: float) -> None: ...
     async def claim(self, connection: Connection) -> None: ...
     async def claim_one(self, connection: Connection) -> None: ...
     def claimed(self) -> int: ...
@@ -125,7 +120,6 @@ class Hands(Protocol):
     def put_back(self, batch: Batch) -> bool: ...
     def done(self, batch: Batch, left: Sequence[Message]) -> None: ...
     def to_settle(self) -> Settlement | None: ...
-    async def settle_delivered(self, connection: Connection, settlement: Settlement, limit: float) -> bool: ...
     async def settle(self, connection: Connection, settlement: Settlement) -> None: ...
     def settled(self, settlement: Settlement) -> bool: ...
     async def oldest(self, connection: Connection) -> timedelta | None: ...
@@ -368,13 +362,8 @@ class Worker:
             return await self._claim_now()
 
     async def _claim_now(self) -> int:
-        session = self._searching
-        if self._hands.is_routine:
-            async with session.statement() as connection:
-                await self._hands.claim_fresh(connection, session.limit * _ON_THE_SERVER)
-        else:
-            async with session.transaction() as connection:
-                await self._hands.claim(connection)
+        async with self._searching.transaction() as connection:
+            await self._hands.claim(connection)
         return self._hands.claimed()
 
     async def _balance(self) -> None:
@@ -558,14 +547,14 @@ class Worker:
     async def _settle_beside(self, settlement: Settlement) -> bool:
         """Settles while another connection claims: on the one that renews the lease, so it may not take long.
 
-        False when it took longer, as when somebody has locked the table, or when there is more to it.
+        False when it took longer, as when somebody has locked the table.
         """
-        limit = self._lease / 10
         try:
-            async with self._upkeep.statement(limit) as connection:
-                return await self._hands.settle_delivered(connection, settlement, limit * _ON_THE_SERVER)
-        except (TimeoutError, asyncpg.QueryCanceledError, asyncpg.LockNotAvailableError):
+            async with self._upkeep.transaction(self._lease / 10) as connection:
+                await self._hands.settle(connection, settlement)
+        except (TimeoutError, asyncpg.QueryCanceledError):
             return False
+        return True
 
     # --- keeping the lease, and the house -----------------------------------------------------------------
 

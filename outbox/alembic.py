@@ -177,8 +177,7 @@ IF {_NEEDED[kind].format(**names)} THEN
     RAISE EXCEPTION '{_REFUSED[kind]}', {names["outbox_text"]};
 END IF;
 """
-    functions = f"{tables._version.drop_functions};\n" if kind == "outbox" else ""
-    return one_statement(f"{'' if force else guard}DROP TABLE IF EXISTS {dropped.format(**names)};\n{functions}")
+    return one_statement(f"{'' if force else guard}DROP TABLE IF EXISTS {dropped.format(**names)};\n")
 
 
 # --- autogenerate ---------------------------------------------------------------------------------------

@@ -164,14 +164,7 @@ def outbox_tables(outbox: Outbox, metadata: MetaData) -> dict[str, Table]:
     Returns:
         The tables by what they hold: `outbox`, `waiting`, `dead`, `relays`, `claims`, `slots` and `version`.
     """
-    added = _add(outbox, metadata, _of_outbox(outbox.table))
-
-    def dropped(_: object, connection: Connection, *, tables: list[Table], **__: object) -> None:
-        if added["outbox"] in tables:
-            connection.execute(as_ddl(outbox._queries.drop_functions))
-
-    event.listen(metadata, "after_drop", dropped)
-    return added
+    return _add(outbox, metadata, _of_outbox(outbox.table))
 
 
 def inbox_tables(inbox: Inbox, metadata: MetaData) -> dict[str, Table]:

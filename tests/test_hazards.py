@@ -36,11 +36,11 @@ from outbox import (
     RelayFenced,
     RelaysDied,
 )
-from outbox._claims import Buried, Claims, Room, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
+from outbox._claims import Buried, Claims, Rows  # noqa: TID251 -- another relay's steps one by one, and this one's in the act
 from outbox._competing import Competing  # noqa: TID251 -- the same
 from outbox._membership import Membership  # noqa: TID251 -- the same
 from outbox._owning import Owning  # noqa: TID251 -- the same
-from outbox._queries import LaneQueries, Ordering  # noqa: TID251 -- the statements themselves
+from outbox._queries import Ordering  # noqa: TID251 -- the statements themselves
 from outbox.embedded import Server
 from tests.conformance.support import Events
 from tests.conftest import StartServer
@@ -342,50 +342,6 @@ async def test_a_settling_that_somebody_holds_up_does_not_hold_up_the_lease(
             await until_counts(pool, outbox, (0, 0, 0, 0))
             answers.cancel()
     assert not [*events.of(RelayFenced), *events.of(RelaysDied)]
-
-
-# --- what is a transaction by itself -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("order", ["none", "key"])
-@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-async def test_two_relays_share_the_work_whatever_isolation_is_the_default(
-    dsn: str, pool: asyncpg.Pool[Any], outbox: Outbox, order: Ordering, isolation: str
-) -> None:
-    destination, events, strict = Destination(), Events(), {"default_transaction_isolation": isolation}
-    await write(pool, outbox, *range(2_000))
-    async with (
-        asyncpg.create_pool(dsn, min_size=0, max_size=6, server_settings=strict) as theirs,
-        running(outbox, theirs, destination, order=order, batch_size=10, hooks=[events]),
-        running(outbox, theirs, destination, order=order, batch_size=10, hooks=[events]),
-    ):
-        await destination.has_accepted(2_000)
-        await until_counts(pool, outbox, (0, 0, 0, 0))
-    assert sorted(destination.accepted) == list(range(2_000))
-    assert not events.of(DatabaseLost), "it was not by trying again"
-
-
-async def test_nothing_is_claimed_at_a_stricter_isolation(outbox: Outbox, hand: asyncpg.Connection[Any]) -> None:
-    claim = Claims(outbox, Membership(outbox, _HOUR, "none"))._queries.claim_fresh  # noqa: SLF001 -- the call itself
-    async with hand.transaction(isolation="repeatable_read"):
-        with pytest.raises(asyncpg.ActiveSQLTransactionError, match="at the isolation level read committed"):
-            await hand.fetch(claim, 0, uuid4(), 10, _MEGABYTE, 1_000)
-
-
-async def test_a_claim_that_takes_longer_than_its_relay_waits_is_none(
-    pool: asyncpg.Pool[Any], outbox: Outbox, hand: asyncpg.Connection[Any]
-) -> None:
-    await write(pool, outbox, 1, 2, 3)
-    claims, read = Claims(outbox, Membership(outbox, _HOUR, "none")), LaneQueries(outbox._queries, "key").read  # noqa: SLF001
-    membership = claims._membership  # noqa: SLF001 -- the same
-    await membership.register(hand)
-    room = Room(10, _MEGABYTE)
-    with pytest.raises(asyncpg.QueryCanceledError, match="it took longer than 0 ms to claim messages"):
-        await claims.claim_fresh(hand, room, 10, sweep=False, limit=0)
-    with pytest.raises(asyncpg.QueryCanceledError, match="it took longer than 0 ms to read messages"):
-        await hand.fetch(read, -1, 0, 10, "{}", membership.owner, 10, _MEGABYTE, 0)
-    assert await hand.fetchval("SELECT count(*) FROM outbox_claims") == 0
-    assert [len(rows.rows) for rows in await claims.claim_fresh(hand, room, 10, sweep=False, limit=10)] == [3]
 
 
 # --- what a relay knew of a server that crashed ------------------------------------------------------------
@@ -868,14 +824,14 @@ async def test_who_settles_is_no_writer_and_who_has_taken_a_position_is_one(
 ) -> None:
     queries = Claims(outbox, Membership(outbox, _HOUR, "none"))._queries  # noqa: SLF001 -- the statement itself
     insert = "INSERT INTO outbox (position, id, topic, headers, payload) VALUES ($1, gen_random_uuid(), 't', '{}', '')"
-    settle: tuple[Any, ...] = (queries.settle, "{1}", "{}", "{}", None, uuid4(), False, 1_000)
+    settle: tuple[Any, ...] = (queries.remove_claimed, "{1}", uuid4(), [], [])
 
     async def is_waited_for(*statements: tuple[Any, ...]) -> bool:
         other = await asyncpg.connect(dsn, server_settings={"search_path": outbox.schema})
         transaction = other.transaction()
         await transaction.start()
         for statement, *arguments in statements:
-            await other.fetch(statement, *arguments)
+            await other.execute(statement, *arguments)
         writers = await hand.fetch(queries.writers)
         await transaction.rollback()
         await other.close()

@@ -20,7 +20,7 @@ import pytest
 from outbox import Message, MessageDied, Outbox, RelaysDied
 from outbox._queries import LaneQueries, Queries  # noqa: TID251 -- the plans of the real statements are looked at
 from tests.conformance.obedient_relay import BACKOFF, LEASE, relay_process
-from tests.conformance.support import HOUR, nodes, numbers, plan, plans_inside, touched
+from tests.conformance.support import HOUR, explain, nodes, numbers, plan, prepare, touched
 from tests.relay_process import deliveries, relays, until_count, until_delivered
 from tests.test_order import Keys, write_keyed
 from tests.test_relay import Events, counts, running
@@ -163,26 +163,17 @@ async def test_a_read_walks_along_the_primary_key_though_it_was_planned_for_an_e
     connection: asyncpg.Connection[Any], outbox: Outbox, lanes: LaneQueries
 ) -> None:
     await connection.execute(f"ANALYZE {outbox.schema}.outbox")
-    claimant = UUID(int=1)
-    await connection.execute(Queries(outbox.table, outbox.schema).register, claimant, HOUR, "key")
-
-    async def plans(mask: int) -> list[dict[str, Any]]:
-        arguments = (mask, 0, 10**9, "{}", claimant, 100, 10**6, 60_000)
-        inside = await plans_inside(connection, lanes.read, *arguments)
-        return [one for one in inside if "outbox" in {node.get("Relation Name") for node in nodes(one)}]
-
-    await plans(-1)
+    await prepare(connection, BEGIN, lanes.read)
+    await explain(connection, BEGIN, -1, 0, 10**9, "{}", 100)
     await connection.execute(_MANY.format(outbox.schema))
     for mask in (-1, 0b1111):
-        search, rows = await plans(mask)
-        assert [node["Actual Rows"] for node in nodes(search) if node["Node Type"] == "Limit"] == [100]
-        assert rows["Actual Rows"] == 100
-        for one in (search, rows):
-            [scan] = [node for node in nodes(one) if node.get("Relation Name") == "outbox"]
-            assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "outbox_pkey")
-            assert "Sort" not in {node["Node Type"] for node in nodes(one)}
-        [scan] = [node for node in nodes(search) if node.get("Relation Name") == "outbox"]
+        read = await explain(connection, BEGIN, mask, 0, 10**9, "{}", 100)
+        assert read["Actual Rows"] == 100
+        [scan] = [node for node in nodes(read) if node.get("Relation Name") == "outbox"]
+        assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "outbox_pkey")
         assert "hashed SubPlan" in scan["Filter"]
+        assert "Sort" not in {node["Node Type"] for node in nodes(read)}
+    await connection.execute("DEALLOCATE planned")
 
 
 async def test_a_hundred_thousand_behind_a_failure_are_not_touched_by_a_claim(

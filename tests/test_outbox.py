@@ -866,13 +866,6 @@ async def test_a_relay_without_one_of_its_rights_ends_with_an_error_that_names_t
     assert name in str(caught.value)
 
 
-async def test_a_relay_that_may_not_call_the_functions_ends_with_an_error_that_names_one(role: Role) -> None:
-    await role.connection.execute(f"REVOKE EXECUTE ON FUNCTION {role.outbox.schema}.outbox_claim FROM PUBLIC")
-    async with role.granted(A_RELAY):
-        with pytest.raises(OutboxError, match="permission denied for function outbox_claim"):
-            await role.relay(CommitStrategy.DELETE)
-
-
 async def test_stop_returns_at_once_when_the_relay_ends_with_an_error(role: Role) -> None:
     await role.outbox.persist(role.connection, a_message("good"), a_message("rejected"))
     destination = Destination("good")

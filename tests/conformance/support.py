@@ -119,39 +119,27 @@ def statements(connection: Any) -> Iterator[list[str]]:
 
 async def plan(connection: asyncpg.Connection, begin: str, statement: str, *arguments: object) -> dict[str, Any]:
     """Runs a statement in a relay's own kind of transaction, undoes it, and returns the top node of its plan."""
+    await prepare(connection, begin, statement)
+    answer = await explain(connection, begin, *arguments)
+    await connection.execute("DEALLOCATE planned")
+    return answer
+
+
+async def prepare(connection: asyncpg.Connection, begin: str, statement: str) -> None:
+    """Prepares a statement for `explain` as a relay does."""
     await connection.execute(begin)
     await connection.execute(f"PREPARE planned AS {statement}")
     await connection.execute("COMMIT")
+
+
+async def explain(connection: asyncpg.Connection, begin: str, *arguments: object) -> dict[str, Any]:
+    """Runs what was prepared, undoes it, and returns the top node of its plan with what it touched."""
     await connection.execute(begin)
     execute = f"EXECUTE planned ({', '.join(map(_literal, arguments))})"
     answer = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}")
     await connection.execute("ROLLBACK")
-    await connection.execute("DEALLOCATE planned")
     top: dict[str, Any] = json.loads(answer)[0]["Plan"]
     return top
-
-
-async def plans_inside(connection: asyncpg.Connection, call: str, *arguments: object) -> list[dict[str, Any]]:
-    """Calls a function, undoes it, and returns the top node of the plan of each statement inside, in their order."""
-    told: list[str] = []
-
-    def listen(_: object, message: asyncpg.PostgresLogMessage) -> None:
-        told.append(message.message)
-
-    settings = ("log_min_duration = 0", "log_nested_statements = on", "log_analyze = on", "log_buffers = on")
-    await connection.execute("LOAD 'auto_explain'; SET auto_explain.log_format = json; SET client_min_messages = log")
-    await connection.execute("; ".join(f"SET auto_explain.{setting}" for setting in settings))
-    connection.add_log_listener(listen)
-    transaction = connection.transaction()
-    await transaction.start()
-    try:
-        await connection.fetch(call, *arguments)
-    finally:
-        await transaction.rollback()
-        await connection.execute("RESET auto_explain.log_min_duration; RESET client_min_messages")
-        await asyncio.sleep(0)  # one turn of the loop, in which the listener is called
-        connection.remove_log_listener(listen)
-    return [json.loads(one[one.index("{") :])["Plan"] for one in told if "Query Text" in one and call not in one]
 
 
 def _literal(argument: object) -> str:

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from itertools import repeat
 from time import monotonic
-from typing import Any
 from uuid import UUID
 
 import anyio
@@ -41,12 +40,13 @@ from tests.conformance.support import (
     HOUR,
     SECOND,
     Events,
+    explain,
     nodes,
     numbered,
     numbers,
     orders,
     plan,
-    plans_inside,
+    prepare,
     running,
     statements,
     touched,
@@ -360,18 +360,6 @@ async def test_promise_6_one_bad_message_delays_no_other(
     assert numbers(await outbox.retrieve(connection, 10)) == [1]
 
 
-async def plan_of_claim(connection: asyncpg.Connection, queries: Queries, beyond: int, most: int) -> dict[str, Any]:
-    """The plan of the search within a claim of so many messages beyond a position."""
-    plans = await plans_inside(connection, queries.claim_fresh, beyond, UUID(int=1), most, 1 << 24, 60_000)
-    return next(one for one in plans if "LockRows" in {node["Node Type"] for node in nodes(one)})
-
-
-def rows_of(search: dict[str, Any]) -> int:
-    """How many rows it locked."""
-    [lock] = [node for node in nodes(search) if node["Node Type"] == "LockRows"]
-    return int(lock["Actual Rows"])
-
-
 _HUNDRED_THOUSAND = """
     INSERT INTO outbox_waiting (id, topic, payload, due_at, attempts, error)
     SELECT gen_random_uuid(), 'waiting', '1', clock_timestamp() + make_interval(secs => $1 + i / 1000.0), 3, 'Error'
@@ -385,8 +373,8 @@ async def test_promise_6_a_hundred_thousand_rows_that_wait_are_not_touched_by_a_
     await connection.execute("VACUUM ANALYZE outbox_waiting")
     await outbox.persist(connection, *numbered(100))
 
-    fresh = await plan_of_claim(connection, queries, 0, 100)
-    assert rows_of(fresh) == 100
+    fresh = await plan(connection, BEGIN, queries.lock_fresh, 0, 100)
+    assert fresh["Actual Rows"] == 100
     assert "outbox_waiting" not in {node.get("Relation Name") for node in nodes(fresh)}
 
     async with watched_pool(dsn) as (pool, executed), running(Relay(outbox, pool, CollectingDispatcher())):
@@ -518,7 +506,7 @@ async def test_promise_8_a_claim_does_not_walk_over_rows_that_are_dead_but_held_
     async with snapshot_held(dsn), watched_pool(dsn) as (pool, executed):
 
         def last_bounds() -> list[int]:
-            return [bound for bound, *_ in executed.arguments(queries.claim_fresh)][-10:]
+            return [bound for bound, _ in executed.arguments(queries.lock_fresh)][-10:]
 
         async with running(Relay(outbox, pool, destination, commit=commit, poll_interval=SECOND / 50)):
             await destination.wait_for(count)
@@ -527,12 +515,12 @@ async def test_promise_8_a_claim_does_not_walk_over_rows_that_are_dead_but_held_
         await connection.execute("VACUUM outbox")
         await outbox.persist(connection, *numbered(100))
 
-        claim = await plan_of_claim(connection, queries, count, 10)
-        assert rows_of(claim) == 10
+        claim = await plan(connection, BEGIN, queries.lock_fresh, count, 10)
+        assert claim["Actual Rows"] == 10
         assert touched(claim) < 40
         floor = await plan(connection, BEGIN, queries.lowest_fresh, count, count + 100)
         assert touched(floor) < 40
-        without_bound = await plan_of_claim(connection, queries, 0, 10)
+        without_bound = await plan(connection, BEGIN, queries.lock_fresh, 0, 10)
         assert touched(without_bound) > 10 * touched(claim), "the dead rows are there, and would be walked over"
 
 
@@ -540,14 +528,15 @@ async def test_promise_8_a_claim_walks_along_the_primary_key_though_it_was_plann
     connection: asyncpg.Connection, outbox: Outbox, queries: Queries
 ) -> None:
     await connection.execute("ANALYZE outbox, outbox_claims")
-    await plan_of_claim(connection, queries, 0, 100)
+    await prepare(connection, BEGIN, queries.lock_fresh)
+    await explain(connection, BEGIN, 0, 100)
     await outbox.persist(connection, *numbered(20_000))
     claimed = "INSERT INTO outbox_claims VALUES (1000, gen_random_uuid(), ARRAY(SELECT generate_series(1, 1000)))"
     await connection.execute(claimed)
 
-    claim = await plan_of_claim(connection, queries, 0, 100)
+    claim = await explain(connection, BEGIN, 0, 100)
 
-    assert rows_of(claim) == 100
+    assert claim["Actual Rows"] == 100
     [scan] = [node for node in nodes(claim) if node.get("Relation Name") == "outbox"]
     assert (scan["Node Type"], scan["Index Name"]) == ("Index Scan", "outbox_pkey")
     assert "hashed SubPlan" in scan["Filter"], "one look at the claims, not one for each row"

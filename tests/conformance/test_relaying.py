@@ -221,7 +221,7 @@ async def test_the_relay_hands_over_three_messages_in_order_and_returns_3(
 async def test_with_4_messages_in_chunks_of_3_it_settles_twice(
     dsn: str, connection: asyncpg.Connection, outbox: Outbox
 ) -> None:
-    settle = Queries(outbox.table, outbox.schema).settle
+    settle = Queries(outbox.table, outbox.schema).remove_claimed
     async with watched_pool(dsn) as (pool, executed):
         await write(pool, outbox, *numbered(4))
         relay = Relay(outbox, pool, CollectingDispatcher(), batch_size=3)

@@ -200,7 +200,7 @@ async def test_migrate_makes_the_tables_and_schema_prints_what_makes_them(run: R
     try:
         for _ in range(2):
             answer = await run("migrate", *options)
-            assert (answer.status, answer.out, answer.err) == (0, "", f"{schema}.My mail has version 3\n")
+            assert (answer.status, answer.out, answer.err) == (0, "", f"{schema}.My mail has version 2\n")
         await outbox.check(connection)
         await connection.execute(f'DROP SCHEMA "{schema}" CASCADE; SET client_min_messages = warning; {printed.out}')
         await outbox.check(connection)

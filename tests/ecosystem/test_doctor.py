@@ -409,28 +409,17 @@ async def test_rights_that_a_relay_misses(connection: Connection, outbox: Outbox
         GRANT USAGE ON SCHEMA {schema} TO {role};
         GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};
         GRANT SELECT ON ALL SEQUENCES IN SCHEMA {schema} TO {role};
-        REVOKE UPDATE, DELETE ON {schema}.outbox FROM {role};
-        REVOKE EXECUTE ON FUNCTION {schema}.outbox_settle FROM PUBLIC""")  # noqa: S608 -- our own schema
+        REVOKE UPDATE, DELETE ON {schema}.outbox FROM {role}""")  # noqa: S608 -- our own schema
     async with another(dsn.replace("postgres@", f"{role}@")) as clerk:
-        finding, calling, blind = await findings(clerk, outbox)
-        assert finding.level == calling.level == "problem"
+        finding, blind = await findings(clerk, outbox)
+        assert finding.level == "problem"
         assert finding.what == f'the role {role!r} has no DELETE, UPDATE on {schema}."outbox", which a relay needs'
-        assert calling.what.startswith(
-            f'the role {role!r} has no EXECUTE on FUNCTION {schema}."outbox_settle"(bigint[]'
-        )
         assert blind.level == "warning"
         assert "cannot see the sessions of others" in blind.what
-        for one in (finding, calling, blind):
+        for one in (finding, blind):
             await remedied(connection, one)
         assert await findings(clerk, outbox) == []
     await connection.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
-
-
-async def test_a_function_that_is_missing(connection: Connection, outbox: Outbox) -> None:
-    await connection.execute(f"DROP FUNCTION {outbox.schema}.outbox_read")
-    [finding] = await findings(connection, outbox)
-    assert (finding.check, finding.level) == ("functions", "problem")
-    assert re.match(r'the FUNCTION "\w+"\."outbox_read"\(bigint, .*\) is missing', finding.what)
 
 
 @pytest.mark.skipif(Clock.library() is None, reason="libfaketime is not installed")
