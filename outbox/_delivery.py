@@ -112,10 +112,11 @@ def is_unavailable(failure: Failure) -> bool:
 
 
 def wait(batch: Batch, message: Message, delay: timedelta, error: BaseException) -> Postponed:
-    """Has a message wait for which the destination was away: no attempt is spent, and a suspect stays one."""
+    """Has a message wait for which the destination was away: no attempt or place is lost, and a suspect stays one."""
     # The attempt of a crash's suspect was counted when it was claimed.
     attempts = message.attempts - (batch.suspect is Suspect.CRASH)
-    return Postponed(position_of(message), min(delay, _LONGEST), attempts, batch.suspect, describe(error))
+    delay = min(delay, _LONGEST)
+    return Postponed(position_of(message), delay, attempts, batch.suspect, describe(error), message._lane)
 
 
 def decide(batch: Batch, message: Message, failure: Failure, backoff: BackOff) -> Postponed | Buried:

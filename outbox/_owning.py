@@ -576,8 +576,8 @@ class Owning:
         heads: set[int] = set()
         for outcome in sorted(outcomes, key=lambda outcome: outcome.position):
             lane = self._lanes.held[outcome.position]._lane
-            if lane is None or self._on_failure == "skip":
-                self._fail(outcome)
+            if lane is None or (self._on_failure == "skip" and outcome.lane is None):
+                self._fail(outcome)  # which has no place, or gives it up
             elif (head := self._parks(lane, outcome.position)) is not None:
                 self._fail(_parked(outcome.position, outcome.attempts, lane, head, outcome.error))
             elif isinstance(outcome, Buried):

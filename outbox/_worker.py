@@ -132,7 +132,7 @@ class _Refused(NamedTuple):
 
     messages: Sequence[Message]
     behind: Collection[int]
-    """Lanes in which one before them failed otherwise."""
+    """Lanes in which they stay behind one that failed otherwise."""
     error: BaseException
     refusal: Refusal
 
@@ -455,7 +455,7 @@ class Worker:
     ) -> tuple[Sequence[Message], Collection[int]]:
         """Notes what became of those that failed.
 
-        Returns those for which the destination was just away, and the lanes in which one failed before them.
+        Returns those for which the destination was just away, and the lanes in which they stay behind one that failed.
         """
         unavailable = []
         outcomes = []
@@ -471,6 +471,8 @@ class Worker:
             else:
                 outcomes.append((message, failure.error, decide(batch, message, failure, self._settings.backoff)))
         self._note_failures(batch, outcomes)
+        if self._settings.on_failure == "skip":
+            return unavailable, ()
         return unavailable, {message._lane for message, _, _ in outcomes if message._lane is not None}
 
     def _refused(

@@ -100,9 +100,9 @@ async def test_a_try_that_hangs_does_not_hold_back_the_others(
     assert (await counts(pool, outbox))[:2] == (0, 1), "the one that hung is pending again"
 
 
-@_ORDERS
+@pytest.mark.parametrize(("order", "on_failure"), [("none", "block"), ("key", "block"), ("key", "skip")])
 async def test_a_route_that_is_away_holds_back_none_of_the_others_and_gets_its_own_when_it_is_back(
-    order: str, pool: asyncpg.Pool[Any], outbox: Outbox
+    order: str, on_failure: str, pool: asyncpg.Pool[Any], outbox: Outbox
 ) -> None:
     away, there, events = Route(is_away=True), Route(), Events()
     await write(pool, outbox, *["away", "there"] * 1_000)
@@ -111,6 +111,7 @@ async def test_a_route_that_is_away_holds_back_none_of_the_others_and_gets_its_o
         pool,
         RoutingDispatcher({"away": away, "there": there}),
         order=order,
+        on_failure=on_failure,
         destination_backoff=_SOON,
         backoff=FailImmediately(),
         hooks=[events],
@@ -230,6 +231,28 @@ async def test_what_was_refused_behind_one_that_failed_does_not_overtake_it(
         expected = [2, 3] if isinstance(failure, RejectedError) else [1, 2, 3]
         await destination.wait_for(len(expected) + others)
     assert [message.payload for message in destination.messages if message.key == "k"] == expected
+
+
+@pytest.mark.parametrize("others", [0, 3])
+async def test_what_was_refused_keeps_its_place_where_one_that_failed_gives_up_its_own(
+    others: int, pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    destination = Told({1: ValueError("no"), 2: _AWAY, 3: _AWAY})
+    messages = [Message(number, topic="t", key="k") for number in (1, 2, 3)]
+    messages += [Message(number, topic="t", key="other") for number in range(10, 10 + others)]
+    async with pool.acquire() as connection:
+        await outbox.persist(connection, *messages)
+    async with running(
+        outbox, pool, destination, order="key", on_failure="skip", backoff=_HOUR, destination_backoff=_SOON
+    ):
+        await destination.wait_for(2 + others)
+        async with pool.acquire() as connection:
+            await outbox.persist(connection, Message(4, topic="t", key="k"))
+        await destination.wait_for(3 + others)
+        async with pool.acquire() as connection:
+            await connection.execute(f'UPDATE "{outbox.schema}".outbox_waiting SET due_at = now()')  # noqa: S608
+        await destination.wait_for(4 + others)
+    assert [message.payload for message in destination.messages if message.key == "k"] == [2, 3, 4, 1]
 
 
 async def test_what_was_refused_behind_a_dead_letter_that_parks_its_key_is_parked(
