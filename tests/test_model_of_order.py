@@ -121,7 +121,9 @@ class _Machine(RuleBasedStateMachine):
         self.steps[what] += 1
 
     @initialize(
-        commit=st.sampled_from(CommitStrategy), size=st.integers(1, 4), on_failure=st.sampled_from(["block", "park"])
+        commit=st.sampled_from(CommitStrategy),
+        size=st.integers(1, 4),
+        on_failure=st.sampled_from(["block", "park", "skip"]),
     )
     def begin(self, commit: CommitStrategy, size: int, on_failure: str) -> None:
         self.commit, self.size, self.on_failure = commit, size, on_failure
@@ -395,6 +397,9 @@ class _Machine(RuleBasedStateMachine):
         known.state, known.holder = outcome.state or "", None
         known.attempts, known.suspect = outcome.attempts, outcome.suspect
         known.due = "now" if outcome.due else "later"
+        if self.on_failure == "skip":
+            known.lane = None
+            self.tick("skipped")
         if known.lane and (head := self._parked_behind(known)):
             known.state, known.behind, known.due, known.suspect = "dead", head, "now", None
             self.tick("parked")
