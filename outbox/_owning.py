@@ -258,11 +258,14 @@ class Owning:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
         queries, mask = self._lane_queries, mask_of(slots)
         await connection.execute(queries.relane, mask)
-        await connection.execute(queries.wake_heads, mask)
-        lanes = _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask, owner)}, {})
+        parked: dict[int, set[int]] = {}
         for lane, head in await connection.fetch(queries.parked, mask):
-            lanes.parked.setdefault(lane, set()).add(head)
-        return lanes
+            parked.setdefault(lane, set()).add(head)
+        if parked:  # what was about to be parked when the relay died that had it in its hands
+            lanes, heads = zip(*((lane, head) for lane, behind in parked.items() for head in behind), strict=True)
+            await connection.execute(queries.park, lanes, heads)
+        await connection.execute(queries.wake_heads, mask)
+        return _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask, owner)}, parked)
 
     def _note(self, lanes: _Lanes) -> None:
         self._blocked |= self._stopping(lanes.blocked)

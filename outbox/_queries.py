@@ -644,11 +644,16 @@ class LaneQueries:
 
         # --- parking ------------------------------------------------------------------------------------
 
+        # Each behind the last of the heads before it.
         parked = "position, id, recorded_at, topic, key, headers, payload"
         self.park = f"""
-            WITH followers AS (
-                DELETE FROM {waiting} AS w USING unnest($1::bigint[], $2::bigint[]) AS p (lane, head)
-                WHERE w.lane = p.lane AND w.position > p.head AND w.owner IS NULL
+            WITH heads AS (
+                SELECT lane, head, lead(head) OVER (PARTITION BY lane ORDER BY head) AS next
+                FROM unnest($1::bigint[], $2::bigint[]) AS p (lane, head)),
+            followers AS (
+                DELETE FROM {waiting} AS w USING heads AS p
+                WHERE w.lane = p.lane AND w.position > p.head AND (w.position < p.next) IS NOT FALSE
+                    AND w.owner IS NULL
                 RETURNING w.*, p.head)
             INSERT INTO {dead} ({parked}, attempts, error, lane, behind)
             SELECT {parked}, attempts, 'parked behind the dead letter at position ' || head, lane, head

@@ -220,6 +220,7 @@ class _Machine(RuleBasedStateMachine):
             assert self.owner
             self.refused.add(self.owner)  # once is enough
         else:
+            self._park()
             self._wake_heads()
             self._unpark()
         fresh = set(self._next_fresh()) if may_work else set()

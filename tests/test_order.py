@@ -623,6 +623,36 @@ async def test_another_relay_knows_what_is_parked(pool: asyncpg.Pool[Any], outbo
     assert other.accepted == ["b1"]
 
 
+async def test_what_was_about_to_be_parked_when_its_relay_died_is_parked(
+    pool: asyncpg.Pool[Any], outbox: Outbox
+) -> None:
+    """After the second death in a row it waits as the suspect of a crash, behind a dead letter that parks its key."""
+    settings: dict[str, Any] = {"order": "key", "on_failure": "park", "batch_size": 1}
+    async with running(outbox, pool, Destination(refuses("a1", error=RejectedError("never"))), **settings):
+        await write_keyed(pool, outbox, *("a" * 8))
+        await until_counts(pool, outbox, (0, 0, 0, 8))
+    async with pool.acquire() as connection:
+        letters = await outbox.dead_letters(connection)
+        first, second = letters[0].message.position, letters[4].message.position
+        await connection.execute(
+            f"""WITH held AS (DELETE FROM "{outbox.schema}".outbox_dead WHERE position <> ALL($1) RETURNING *)
+            INSERT INTO "{outbox.schema}".outbox_waiting
+                (position, id, recorded_at, topic, key, headers, payload, due_at, suspect, lane)
+            SELECT position, id, recorded_at, topic, key, headers, payload, 'infinity', 'crash', lane FROM held""",  # noqa: S608
+            [first, second],
+        )
+        await connection.execute(f'UPDATE "{outbox.schema}".outbox_dead SET behind = position')  # noqa: S608
+    other = Destination()
+    async with running(outbox, pool, other, **settings):
+        await write_keyed(pool, outbox, "b")
+        await other.has_accepted(1)
+        await until_counts(pool, outbox, (0, 0, 0, 8))
+        async with pool.acquire() as connection:
+            letters = await outbox.dead_letters(connection)
+    assert other.accepted == ["b1"]
+    assert [letter.behind for letter in letters] == [first] * 4 + [second] * 4
+
+
 # --- failures: skip ---------------------------------------------------------------------------------------
 
 
