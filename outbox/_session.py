@@ -36,6 +36,7 @@ class Session:
         self._begin = begin
         self._limit = self._usual_limit = limit
         self._connection: PoolConnectionProxy[Any] | None = None
+        self._is_ready = False
         self._lock = anyio.Lock()
         self._is_closed = False
 
@@ -50,26 +51,32 @@ class Session:
         return self._connection is not None
 
     @asynccontextmanager
-    async def transaction(self, at_most: float = math.inf) -> AsyncIterator[Connection]:
+    async def transaction(self, at_most: float = math.inf, *, to_go_on: bool = False) -> AsyncIterator[Connection]:
         """Opens a transaction, commits it at the end, and rolls it back when anything is raised.
 
         Args:
             at_most: Seconds that others can wait for it, if that is less than the limit; to miss it proves nothing.
+            to_go_on: Whether another one follows at once: it is opened by the COMMIT, which saves a round trip.
+                Nothing is locked or seen by it, but if it does not follow after all, call `rest`.
 
         Raises:
             TimeoutError: When the limit has passed.
         """
         async with self._lock:
             limit, is_usual = min(at_most, self._limit), at_most >= self._limit
+            begin = self._begin(int(limit * 1000))
             try:
                 # However long the work may take, a server that answers at all begins it within the usual limit.
                 with anyio.fail_after(min(at_most, self._usual_limit)):
                     connection = await self._connected()
-                    await connection.execute(self._begin(int(limit * 1000)))
+                    if not self._is_ready:
+                        await connection.execute(begin)
+                    self._is_ready = False
                 try:
                     with anyio.fail_after(limit):
                         yield connection
-                        await connection.execute("COMMIT")
+                        await connection.execute(f"COMMIT; {begin}" if to_go_on else "COMMIT")
+                        self._is_ready = to_go_on
                 except (TimeoutError, asyncpg.QueryCanceledError):
                     if is_usual:
                         self._limit *= 2
@@ -79,6 +86,16 @@ class Session:
             except BaseException:
                 await self._abandon()
                 raise
+
+    async def rest(self) -> None:
+        """Ends the transaction that was opened for one that does not follow yet.
+
+        Raises:
+            TimeoutError: When the limit has passed.
+        """
+        if self._is_ready and not self._lock.locked():  # whoever has it ends it
+            async with self.transaction():
+                pass
 
     async def _connected(self) -> "PoolConnectionProxy[Any]":
         if self._connection is None:
@@ -99,6 +116,7 @@ class Session:
                 await self._pool.release(connection, timeout=_CLOSE_SECONDS)
 
     async def _abandon(self) -> None:
+        self._is_ready = False
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(asyncpg.InterfaceError):  # when the server died the pool may have taken it back already

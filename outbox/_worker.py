@@ -56,6 +56,8 @@ _LONGEST_GATHERING: Final = 0.02
 their way, and to claim them one by one would cost their writers a tenth of their speed."""
 _SETTLE_INTERVAL: Final = 0.02
 """Seconds for which what was delivered is gathered to be settled, while there is not much of it."""
+_READY_SECONDS: Final = 0.05
+"""How long a transaction stands open for the next claim, empty; it saves a round trip, a fifth of the latency."""
 _LOOK_UP: Final = 1.0
 """Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
@@ -155,6 +157,7 @@ class Worker:
         self._delivered = 0
         self._settle_lock = anyio.Lock()
         self._has_many = False
+        self._is_restless = False
         self._given_back = 0
         # For its health: when the calls of the destination under way began, and when the lease was last seen to.
         self._calls: list[float] = []
@@ -295,6 +298,7 @@ class Worker:
         while batch := self._hands.take():
             self._take_back(batch, batch.messages)
         await self._persistently(self._settle)
+        await self._persistently(self._searching.rest)
         if self._lease_ends:  # otherwise it never came to register
             await self._persistently(self._leave)
 
@@ -332,10 +336,10 @@ class Worker:
                 await self._persistently(self._balance)
             if self._hands.is_half_full:
                 self._space.clear()
-                with anyio.move_on_after(_LOOK_UP):
-                    await self._space.wait()
+                await self._pause(self._space, _LOOK_UP)
                 continue
             self._wake.clear()
+            self._is_restless = idle <= _READY_SECONDS
             if claimed := await self._persistently(self._claim):
                 self._ready.set()
                 idle = _FIRST_POLL
@@ -345,10 +349,20 @@ class Worker:
             if claimed > 1:
                 with anyio.move_on_after(min((claimed - 1) * _GATHERING, _LONGEST_GATHERING)):
                     await self._stopping.wait()
-            with self._settings.outbox._wakeup.asleep(), anyio.move_on_after(idle):
-                await self._wake.wait()
+            with self._settings.outbox._wakeup.asleep():
+                await self._pause(self._wake, idle)
             idle = min(idle * 2, self._settings.poll_interval.total_seconds())
         self._ready.set()
+
+    async def _pause(self, event: asyncio.Event, seconds: float) -> None:
+        """Waits for the event, but no longer than this."""
+        with anyio.move_on_after(min(seconds, _READY_SECONDS)):
+            await event.wait()
+            return
+        if seconds > _READY_SECONDS:
+            await self._persistently(self._searching.rest)
+            with anyio.move_on_after(seconds - _READY_SECONDS):
+                await event.wait()
 
     async def _claim(self) -> int:
         """Claims what there is room for, in one short transaction; returns how many messages that were."""
@@ -362,7 +376,7 @@ class Worker:
             return await self._claim_now()
 
     async def _claim_now(self) -> int:
-        async with self._searching.transaction() as connection:
+        async with self._searching.transaction(to_go_on=self._is_restless) as connection:
             await self._hands.claim(connection)
         return self._hands.claimed()
 

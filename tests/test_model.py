@@ -529,7 +529,7 @@ async def _new_pool(dsn: str) -> asyncpg.Pool:
     return await asyncpg.create_pool(dsn, min_size=0, max_size=2)
 
 
-@pytest.mark.timeout(3600 if LONG else 80)
+@pytest.mark.timeout(3600 if LONG else 150)
 @pytest.mark.filterwarnings("default::hypothesis.errors.NonInteractiveExampleWarning")
 def test_the_tables_are_what_a_simple_model_says_whatever_happens(dsn: str) -> None:
     with asyncio.Runner() as runner:
