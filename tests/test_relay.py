@@ -536,6 +536,37 @@ async def test_messages_of_a_dead_relay_are_taken_over_and_tried_alone(pool: asy
     assert await counts(pool, outbox) == (0, 0, 0, 0)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_the_transaction_that_was_opened_for_the_next_claim_does_not_stay_open(
+    hangs: bool, dsn: str, outbox: Outbox
+) -> None:
+    """Neither while the destination takes its time, nor while there is nothing to claim."""
+    was_ended = asyncio.Event()
+
+    async def watch(connection: Any) -> None:
+        opened: list[str] = []
+
+        def after_statement(record: Any) -> None:
+            if record.query.startswith("COMMIT; "):
+                opened.append(record.query)
+            elif record.query == "COMMIT" and opened:
+                was_ended.set()
+
+        connection.add_query_logger(after_statement)
+
+    class Slow(Destination):
+        async def dispatch(self, *messages: Message) -> None:
+            await super().dispatch(*messages)
+            if hangs:
+                await asyncio.Event().wait()
+
+    async with asyncpg.create_pool(dsn, min_size=0, max_size=5, setup=watch) as pool:
+        await write(pool, outbox, *range(1_000 if hangs else 1))
+        async with running(outbox, pool, Slow(), poll_interval=timedelta(hours=1), batch_size=10):
+            await was_ended.wait()
+
+
 async def test_a_fenced_relay_starts_anew_under_another_name(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
     destination, events = Destination(), Events()
     async with running(outbox, pool, destination, lease=timedelta(milliseconds=300), hooks=[events]):
