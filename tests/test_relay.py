@@ -539,7 +539,7 @@ async def test_messages_of_a_dead_relay_are_taken_over_and_tried_alone(pool: asy
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("hangs", [True, False])
 async def test_the_transaction_that_was_opened_for_the_next_claim_does_not_stay_open(
-    hangs: bool, dsn: str, outbox: Outbox
+    *, hangs: bool, dsn: str, outbox: Outbox
 ) -> None:
     """Neither while the destination takes its time, nor while there is nothing to claim."""
     was_ended = asyncio.Event()
