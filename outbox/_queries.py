@@ -186,6 +186,14 @@ class Queries:
         # Positions come as the text of an array: for an array the driver asks each element whether it is one itself,
         # which takes four times as long as to write the text.
 
+        def held(bound: str) -> str:
+            """Returns the query for what is claimed beyond the bound.
+
+            With something appended the planner takes each array for ten positions. By statistics of their length it
+            may come to so many that it looks them up without a hash, and a claim takes seconds.
+            """
+            return f"SELECT unnest(positions || '{{}}'::bigint[]) FROM {claims} WHERE upto > {bound}"
+
         # The next messages beyond $1 that nobody holds. Rows locked by another relay's claim are skipped, not
         # waited for. This snapshot may be older than a claim committed meanwhile: record_claim decides.
         # A large body stays behind, to be fetched by itself if there is room for it: a limit on their sum, computed
@@ -196,7 +204,7 @@ class Queries:
                 timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts
             FROM {outbox}
             WHERE position > $1 AND dispatched_at IS NULL
-                AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $1)
+                AND position NOT IN ({held('$1')})
             ORDER BY position LIMIT $2
             FOR UPDATE SKIP LOCKED"""
 
@@ -208,8 +216,8 @@ class Queries:
         self.record_claim = f"""
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE),
             mine AS (
-                SELECT position FROM unnest($3::text::bigint[]) AS position WHERE position NOT IN (
-                    SELECT unnest(positions) FROM {claims} WHERE upto > $1))
+                SELECT position FROM unnest($3::text::bigint[]) AS position
+                WHERE position NOT IN ({held('$1')}))
             INSERT INTO {claims} (upto, owner, positions)
             SELECT max(position), $2, array_agg(position) FROM mine WHERE EXISTS (SELECT FROM alive)
             HAVING count(*) > 0
@@ -297,7 +305,7 @@ class Queries:
         self.lowest_fresh = f"""
             SELECT position FROM {outbox}
             WHERE position > $1 AND position <= $2 AND dispatched_at IS NULL
-                AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $1)
+                AND position NOT IN ({held('$1')})
             ORDER BY position LIMIT 1"""
 
         # How long the oldest has been waiting of all that is due and in the hands of nobody or of $1, who holds the
@@ -307,7 +315,7 @@ class Queries:
             SELECT statement_timestamp() - LEAST(
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE position > $2 AND dispatched_at IS NULL
-                    AND position NOT IN (SELECT unnest(positions) FROM {claims} WHERE upto > $2)
+                    AND position NOT IN ({held('$2')})
                  ORDER BY position LIMIT 1),
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE dispatched_at IS NULL AND position = ANY(ARRAY(

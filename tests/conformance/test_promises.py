@@ -544,6 +544,22 @@ async def test_promise_8_a_claim_walks_along_the_primary_key_though_it_was_plann
     assert touched(claim) < 500
 
 
+async def test_promise_8_a_claim_looks_up_what_is_held_in_a_hash_whatever_statistics_make_of_it(
+    connection: asyncpg.Connection, outbox: Outbox, queries: Queries
+) -> None:
+    """Long claims were analyzed, and then the table was truncated: now it is taken for ten full pages of such."""
+    await connection.execute("""INSERT INTO outbox_claims
+        SELECT n, gen_random_uuid(), ARRAY(SELECT generate_series(1, 2000)) FROM generate_series(1, 20) AS n""")
+    await connection.execute("ANALYZE outbox_claims")
+    await connection.execute("TRUNCATE outbox_claims")
+    await outbox.persist(connection, *numbered(10))
+
+    claim = await plan(connection, BEGIN, queries.lock_fresh, 0, 100)
+
+    [scan] = [node for node in nodes(claim) if node.get("Relation Name") == "outbox"]
+    assert "hashed SubPlan" in scan["Filter"]
+
+
 # 9. Shutdown: stop claiming, let deliveries finish within the grace period, settle, then go. Never hang.
 
 
