@@ -204,7 +204,7 @@ class Queries:
                 timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts
             FROM {outbox}
             WHERE position > $1 AND dispatched_at IS NULL
-                AND position NOT IN ({held('$1')})
+                AND position NOT IN ({held("$1")})
             ORDER BY position LIMIT $2
             FOR UPDATE SKIP LOCKED"""
 
@@ -217,7 +217,7 @@ class Queries:
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE),
             mine AS (
                 SELECT position FROM unnest($3::text::bigint[]) AS position
-                WHERE position NOT IN ({held('$1')}))
+                WHERE position NOT IN ({held("$1")}))
             INSERT INTO {claims} (upto, owner, positions)
             SELECT max(position), $2, array_agg(position) FROM mine WHERE EXISTS (SELECT FROM alive)
             HAVING count(*) > 0
@@ -305,7 +305,7 @@ class Queries:
         self.lowest_fresh = f"""
             SELECT position FROM {outbox}
             WHERE position > $1 AND position <= $2 AND dispatched_at IS NULL
-                AND position NOT IN ({held('$1')})
+                AND position NOT IN ({held("$1")})
             ORDER BY position LIMIT 1"""
 
         # How long the oldest has been waiting of all that is due and in the hands of nobody or of $1, who holds the
@@ -315,7 +315,7 @@ class Queries:
             SELECT statement_timestamp() - LEAST(
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE position > $2 AND dispatched_at IS NULL
-                    AND position NOT IN ({held('$2')})
+                    AND position NOT IN ({held("$2")})
                  ORDER BY position LIMIT 1),
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE dispatched_at IS NULL AND position = ANY(ARRAY(
