@@ -51,13 +51,15 @@ class Emulator:
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def client(self, service: str, port: int | None = None) -> AbstractAsyncContextManager[Any]:
+        """Makes one that never tries again or, straight to the emulator, does: its threads stumble over each other."""
+        attempts = 1 if port else 5
         client: AbstractAsyncContextManager[Any] = get_session().create_client(
             service,
             region_name="eu-central-1",
             endpoint_url=f"http://127.0.0.1:{port or self.port}",
             aws_access_key_id="none",
             aws_secret_access_key="none",  # noqa: S106 -- the emulator asks for none
-            config=AioConfig(retries={"total_max_attempts": 1}, max_pool_connections=40),
+            config=AioConfig(retries={"total_max_attempts": attempts}, max_pool_connections=40),
         )
         return client
 
