@@ -258,14 +258,19 @@ class Owning:
         """Finds out which lanes of these slots are blocked or parked, and sees that each can go on."""
         queries, mask = self._lane_queries, mask_of(slots)
         await connection.execute(queries.relane, mask)
-        parked: dict[int, set[int]] = {}
-        for lane, head in await connection.fetch(queries.parked, mask):
-            parked.setdefault(lane, set()).add(head)
-        if parked:  # what was about to be parked when the relay died that had it in its hands
-            lanes, heads = zip(*((lane, head) for lane, behind in parked.items() for head in behind), strict=True)
-            await connection.execute(queries.park, lanes, heads)
+        heads = await connection.fetch(queries.parked, mask)
+        await self._park(connection, heads)  # what was about to be when the relay died that had it in its hands
         await connection.execute(queries.wake_heads, mask)
+        parked: dict[int, set[int]] = {}
+        for lane, head in heads:
+            parked.setdefault(lane, set()).add(head)
         return _Lanes({row["lane"] for row in await connection.fetch(queries.blocked, mask, owner)}, parked)
+
+    async def _park(self, connection: Connection, heads: Sequence[Iterable[int]]) -> None:
+        """Has those that wait behind the heads, each told by its lane and position, join them."""
+        if heads:
+            lanes, positions = zip(*heads, strict=True)
+            await connection.execute(self._lane_queries.park, lanes, positions)
 
     def _note(self, lanes: _Lanes) -> None:
         self._blocked |= self._stopping(lanes.blocked)
@@ -688,9 +693,7 @@ class Owning:
 
         in_doubt = not self._doubtful.isdisjoint([*settlement.delivered, *settlement.set_aside])
         await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=in_doubt)
-        if settlement.parked:
-            lanes, heads = zip(*settlement.parked, strict=True)
-            await connection.execute(self._lane_queries.park, lanes, heads)
+        await self._park(connection, settlement.parked)
 
     def settled(self, settlement: Settlement) -> bool:
         """Lets what was settled out of hand; returns whether others may be claimed in its place."""
