@@ -3,6 +3,7 @@
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 from typing import Any, Final
 
 import anyio
@@ -13,6 +14,11 @@ from outbox._errors import OutboxError
 from outbox._outbox import DRIVER_ERRORS, Connection, Pool
 
 _CLOSE_SECONDS: Final = 1.0
+READY_SECONDS: Final = 0.01
+"""How long a transaction stands open for the next one, empty, and how long one opens the next without a pause.
+
+Behind a pooler others may be waiting for the server's connection.
+"""
 
 # SQLSTATEs that time does not heal: wrong data, broken constraints, no such table, no such privilege.
 _HOPELESS: Final = ("22", "23", "28", "3D", "3F", "42")
@@ -37,6 +43,7 @@ class Session:
         self._limit = self._usual_limit = limit
         self._connection: PoolConnectionProxy[Any] | None = None
         self._is_ready = False
+        self._went_on_since = -math.inf
         self._lock = anyio.Lock()
         self._is_closed = False
 
@@ -70,13 +77,15 @@ class Session:
                 with anyio.fail_after(min(at_most, self._usual_limit)):
                     connection = await self._connected()
                     if not self._is_ready:
+                        self._went_on_since = monotonic()
                         await connection.execute(begin)
                     self._is_ready = False
                 try:
                     with anyio.fail_after(limit):
                         yield connection
-                        await connection.execute(f"COMMIT; {begin}" if to_go_on else "COMMIT")
-                        self._is_ready = to_go_on
+                        goes_on = to_go_on and monotonic() < self._went_on_since + READY_SECONDS
+                        await connection.execute(f"COMMIT; {begin}" if goes_on else "COMMIT")
+                        self._is_ready = goes_on
                 except (TimeoutError, asyncpg.QueryCanceledError):
                     if is_usual:
                         self._limit *= 2

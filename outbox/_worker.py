@@ -43,7 +43,7 @@ from outbox._outbox import Connection, Outbox, Pool, position_of
 from outbox._owning import OnFailure, Owning
 from outbox._pace import START_INTERVAL, after
 from outbox._queries import Ordering
-from outbox._session import Session, is_transient
+from outbox._session import READY_SECONDS, Session, is_transient
 
 _T = TypeVar("_T")
 _LOGGER: Final = logging.getLogger("outbox")
@@ -56,8 +56,6 @@ _LONGEST_GATHERING: Final = 0.02
 their way, and to claim them one by one would cost their writers a tenth of their speed."""
 _SETTLE_INTERVAL: Final = 0.02
 """Seconds for which what was delivered is gathered to be settled, while there is not much of it."""
-_READY_SECONDS: Final = 0.05
-"""How long a transaction stands open for the next claim, empty: it saves one of the four round trips of a claim."""
 _LOOK_UP: Final = 1.0
 """Seconds after which a relay that has all it can hold looks whether it should stop."""
 _SETTLE_SECONDS: Final = 2.0
@@ -339,7 +337,7 @@ class Worker:
                 await self._pause(self._space, _LOOK_UP)
                 continue
             self._wake.clear()
-            self._is_restless = idle <= _READY_SECONDS
+            self._is_restless = idle <= READY_SECONDS
             if claimed := await self._persistently(self._claim):
                 self._ready.set()
                 idle = _FIRST_POLL
@@ -356,12 +354,12 @@ class Worker:
 
     async def _pause(self, event: asyncio.Event, seconds: float) -> None:
         """Waits for the event, but no longer than this, and not for long with a transaction open for the next claim."""
-        with anyio.move_on_after(min(seconds, _READY_SECONDS)):
+        with anyio.move_on_after(min(seconds, READY_SECONDS)):
             await event.wait()
             return
-        if seconds > _READY_SECONDS:
+        if seconds > READY_SECONDS:
             await self._persistently(self._searching.rest)
-            with anyio.move_on_after(seconds - _READY_SECONDS):
+            with anyio.move_on_after(seconds - READY_SECONDS):
                 await event.wait()
 
     async def _claim(self) -> int:
