@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Images of containers like to set it; the tests start hundreds of processes, each would compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-full bench-order bench-instrumentation docs test-matrix clean programs brokers .venv

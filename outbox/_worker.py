@@ -540,8 +540,10 @@ class Worker:
         while True:
             await self._news.wait()
             self._news.clear()
-            if not self._has_many and self._hands.settles_beside:
-                await anyio.sleep(_SETTLE_INTERVAL)  # more is on its way, and nobody waits for it to be settled
+            with anyio.move_on_after(_SETTLE_INTERVAL):
+                while not self._has_many and self._hands.settles_beside:
+                    await self._news.wait()  # more is on its way, and nobody waits for it to be settled
+                    self._news.clear()
             await self._persistently(self._settle)
 
     async def _settle(self) -> None:

@@ -1,7 +1,8 @@
 # ruff: noqa: S608 -- the tables are our own
 """Cancelled and killed at every single await of a cycle, found by counting them: nothing is lost, nothing left behind.
 
-Each test interrupts a cycle at its first await, another at its second, and so on, until one comes to its end.
+Each test interrupts a cycle at its first await, another at its second, and so on, until one comes to its end. The
+short form takes steps; `HYPOTHESIS_PROFILE=long pytest tests/test_every_await.py` leaves none out.
 """
 
 import asyncio
@@ -36,6 +37,9 @@ from tests.interrupted import (
     cycle,
     killer,
 )
+from tests.test_model import LONG
+
+pytestmark = pytest.mark.timeout(1800 if LONG else 60)
 
 _AT_MOST = 2_000
 """Awaits that no cycle has: an end for a test that would find none."""
@@ -59,20 +63,22 @@ def _by_its_scope(awaits: Awaits, _: object) -> None:
     awaits.scope.cancel()
 
 
-# The last figure: how many awaits from one interruption to the next.
+_STEP, _STEP_OF_KILLS = (1, 1) if LONG else (4, 6)
+"""How many awaits from one interruption to the next."""
+
 _CANCELLED = [
-    (Scenario(), _when_asked, 1),
-    (Scenario("partial", commit="mark"), _when_answered, 1),
-    (Scenario("buries"), _by_its_scope, 1),
-    (Scenario("raises", waiting=True), _when_answered, 2),
-    (Scenario("unavailable", waiting=True, commit="mark"), _by_its_scope, 2),
-    (Scenario("partial", waiting=True, verb="run"), _when_asked, 2),
-    (Scenario("raises", commit="mark", verb="run"), _by_its_scope, 2),
+    (Scenario(), _when_asked),
+    (Scenario("partial", commit="mark"), _when_answered),
+    (Scenario("buries"), _by_its_scope),
+    (Scenario("raises", waiting=True), _when_answered),
+    (Scenario("unavailable", waiting=True, commit="mark"), _by_its_scope),
+    (Scenario("partial", waiting=True, verb="run"), _when_asked),
+    (Scenario("raises", commit="mark", verb="run"), _by_its_scope),
 ]
 _KILLED = [
-    (Scenario("partial", commit="mark"), 2),
-    (Scenario("raises", waiting=True), 3),
-    (Scenario("buries", verb="run"), 3),
+    Scenario("partial", commit="mark"),
+    Scenario("raises", waiting=True),
+    Scenario("buries", verb="run"),
 ]
 
 
@@ -99,14 +105,15 @@ class _Interrupted:
     accepted: list[UUID] = field(default_factory=list)
 
 
-@pytest.mark.parametrize(("scenario", "interrupt", "step"), _CANCELLED)
+@pytest.mark.parametrize("which", range(len(_CANCELLED)))
 async def test_a_relay_cancelled_at_any_await_loses_nothing_and_leaves_nothing_behind(
-    dsn: str, pool: asyncpg.Pool, outbox: Outbox, *, scenario: Scenario, interrupt: Interruption, step: int
+    dsn: str, pool: asyncpg.Pool, outbox: Outbox, which: int
 ) -> None:
+    scenario, interrupt = _CANCELLED[which]
     cancelled, leaks = [], []
     relays_pool = await asyncpg.create_pool(dsn, min_size=0, max_size=3)
     with _no_complaints():
-        for at in range(1, _AT_MOST, step):
+        for at in range(1 + which % _STEP, _AT_MOST, _STEP):
             one = await _prepare(pool, outbox, scenario, at)
             destination = Destination(scenario.answer, one.accepted.extend)
             awaits = Awaits(at, interrupt)
@@ -143,13 +150,13 @@ async def _is_whole(pool: asyncpg.Pool) -> bool:
     return clean and pool.get_idle_size() == pool.get_size()
 
 
-@pytest.mark.parametrize(("scenario", "step"), _KILLED, ids=str)
+@pytest.mark.parametrize("which", range(len(_KILLED)))
 async def test_a_relay_killed_at_any_await_loses_nothing_and_leaves_nothing_behind(
-    dsn: str, pool: asyncpg.Pool, outbox: Outbox, tmp_path: Path, *, scenario: Scenario, step: int
+    dsn: str, pool: asyncpg.Pool, outbox: Outbox, tmp_path: Path, which: int
 ) -> None:
-    killed = []
+    scenario, killed = _KILLED[which], []
     async with killer(dsn) as forks:
-        for at in range(1, _AT_MOST, step):
+        for at in range(1 + which % _STEP_OF_KILLS, _AT_MOST, _STEP_OF_KILLS):
             one, path = await _prepare(pool, outbox, scenario, at), tmp_path / str(at)
             was_killed = await forks.kill(one.outbox, scenario, one.keys, path, at=at)
             one.accepted = accepted_by_the_dead(path)
@@ -205,7 +212,7 @@ async def test_a_relay_killed_at_any_await_breaks_no_order(
 async def _points(pool: asyncpg.Pool, outbox: Outbox, scenario: Scenario, number: int) -> list[Point]:
     """Where an undisturbed cycle is suspended: each place once, by turns the first and the last time.
 
-    How it opens, looks around and leaves is the same in each scenario: those places are divided among them.
+    The short form divides them: how a relay opens, looks around and leaves is the same in each of the scenarios.
     """
     one = await _prepare(pool, outbox, scenario)
     destination, awaits = (
@@ -217,12 +224,11 @@ async def _points(pool: asyncpg.Pool, outbox: Outbox, scenario: Scenario, number
     awaits.task.result()
     await _end_the_leases(pool, outbox)
     await _recover(pool, scenario, one)
-    places = [
-        lines
-        for lines in awaits.points
-        if lines and (_OF_THE_SCENARIO.search(lines) or crc32(lines.encode()) % 3 == number % 3)
-    ]
-    assert len(places) > 15, "the places were found"
+    places = [lines for lines in awaits.points if lines]
+    assert len(places) > 40, "the places were found"
+    if not LONG:
+        parts = {lines: 2 if _OF_THE_SCENARIO.search(lines) else 6 for lines in places}
+        places = [lines for lines in places if crc32(lines.encode()) % parts[lines] == number % parts[lines]]
     return [Point(lines, awaits.points[lines] if place % 2 else 1) for place, lines in enumerate(places)]
 
 

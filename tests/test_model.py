@@ -40,7 +40,7 @@ from outbox import (
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 _SETTINGS = settings(
-    max_examples=2_500 if LONG else 80,
+    max_examples=2_500 if LONG else 50,
     stateful_step_count=60 if LONG else 35,
     derandomize=not LONG,
     deadline=None,

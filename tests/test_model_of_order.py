@@ -39,7 +39,7 @@ from outbox import (
 from tests.test_model import LONG, Batch, Paused, Run, backoff, decide
 
 _SETTINGS = settings(
-    max_examples=2_500 if LONG else 30,
+    max_examples=2_500 if LONG else 20,
     stateful_step_count=80 if LONG else 40,
     derandomize=not LONG,
     deadline=None,
