@@ -744,6 +744,29 @@ async def test_promise_10_the_main_job_works_through_pgbouncer_in_transaction_mo
     assert (await mine.counts(connection)).total == 0
 
 
+_BACKLOG = """
+    INSERT INTO "{schema}".outbox (id, topic, payload)
+    SELECT gen_random_uuid(), 'orders', '1' FROM generate_series(1, {count})"""
+
+
+async def test_promise_10_a_busy_relay_leaves_the_only_connection_of_a_pooler_to_others(
+    connection: asyncpg.Connection, dsn: str, outbox: Outbox
+) -> None:
+    backlog, destination = 100_000, CollectingDispatcher()
+    await connection.execute(_BACKLOG.format(schema=outbox.schema, count=backlog))
+    async with (
+        pgbouncer(dsn, pool_size=1) as through,
+        asyncpg.create_pool(through, min_size=1, max_size=10, statement_cache_size=0) as pool,
+        # It tries for a tenth of the lease to settle beside its claims: so long others wait if it clings to the one.
+        running(Relay(outbox, pool, destination, lease=timedelta(seconds=60))),
+    ):
+        await destination.wait_for(1)
+        for _ in range(5):
+            async with asyncio.timeout(5):
+                await pool.fetchval("SELECT 1")
+        assert len(destination.messages) < backlog, "it was busy all the time"
+
+
 async def test_promise_10_the_helpers_for_tests_work_through_it_too(pgbouncer_dsn: str, outbox: Outbox) -> None:
     async with asyncpg.create_pool(pgbouncer_dsn, min_size=1, max_size=4, statement_cache_size=0) as pool:
         messages = numbered(10)
