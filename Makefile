@@ -4,7 +4,7 @@ BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-full bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
+.PHONY: help demo test test-ecosystem test-destinations chaos check format coverage bench bench-full bench-instructions bench-order bench-instrumentation docs test-matrix clean programs brokers .venv
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,8 +43,11 @@ coverage: .venv  ## Run the tests and show which lines they never reach
 bench: .venv  ## Measure it beside the work written by hand, pgbench and five other packages; about three minutes
 	@$(BIN)/python -m benchmarks.bench --short
 
-bench-full: .venv  ## The same with the whole matrix, into docs/benchmarks; about 25 minutes
+bench-full: .venv  ## The same with the whole matrix, into docs/benchmarks; less than twenty minutes
 	@$(BIN)/python -m benchmarks.bench
+
+bench-instructions: .venv  ## Count the instructions of a message by Valgrind, into docs/benchmarks; about ten minutes
+	@$(BIN)/python -m benchmarks.instructions
 
 bench-order: .venv  ## Measure what an order costs, with 1, 2 and 4 relay processes; about four minutes
 	@$(BIN)/python benchmarks/order.py

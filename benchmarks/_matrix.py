@@ -4,7 +4,7 @@ from __future__ import annotations  # the driver's classes are generic for the t
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -15,6 +15,7 @@ from benchmarks._pgbench import SCRIPTS
 from benchmarks._rounds import SIZE, AnySide, Cell, Peers, Rounds, Who
 from benchmarks._sides import ROOT, MissingError, Running, SideError, Turn, environment
 from benchmarks.sides import _work
+from benchmarks.sides._tricks import DRAINING, IN_HAND, TRAFFIC
 
 _ENDLESS: Final = 1 << 40
 """More messages than there are: a drain ends by its time."""
@@ -24,11 +25,16 @@ _PEERS_COUNT: Final = 10
 _OURS_ALONE: Final = ((10, 8), (10, 32))
 """Messages and connections of what would take too long with every side."""
 _RARELY: Final = 20
+_OFTEN: Final = 400
 _BROKER: Final = 0.01
 """Seconds that a batch takes where the peers are compared too."""
 _SOME: Final = 100_000
 _IMPORTS: Final = ("pass", "import asyncpg, anyio, orjson", "import outbox")
-_STEADY: Final = {"duration": "s", "p50": "ms", "p99": "ms", "left at the end": "messages"}
+_STEADY: Final = {"duration": "s"} | {
+    f"{part}{how}": unit
+    for how in ("", ", a snapshot held")
+    for part, unit in (("p50", "ms"), ("p99", "ms"), ("left at the end", "messages"))
+}
 
 
 def write(rounds: Rounds) -> list[Cell]:
@@ -36,7 +42,9 @@ def write(rounds: Rounds) -> list[Cell]:
     loads = [(1, 1, 300), (10, 1, 300), (100, 1, 300)]
     if rounds.plan.every:
         loads += [(10, 8, 300), (1, 32, 300), (10, 32, 300), (1, 1, 2_000), (100, 1, 2_000)]
-    return [_write(rounds, *load) for load in loads] + [_write_beside(rounds)]
+    beside = "1 in a transaction, 32 connections, a relay in the same process"
+    woken = rounds.turns("polling", "default", "notifier")
+    return [_write(rounds, *load) for load in loads] + [_write_beside(rounds, "wake-up", woken, beside)]
 
 
 def _write(rounds: Rounds, count: int, connections: int, size: int) -> Cell:
@@ -63,15 +71,14 @@ def _if(wanted: bool) -> Peers:  # noqa: FBT001 -- it reads as a condition
     return "fastest" if wanted else "none"
 
 
-def _write_beside(rounds: Rounds) -> Cell:
-    work = "1 in a transaction, 32 connections, a relay in the same process"
+def _write_beside(rounds: Rounds, group: str, turns: list[Who], work: str) -> Cell:
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         await rounds.emptied(side)
         turn = await side.ask("write_beside", seconds=2 * rounds.seconds, connections=32, variant=variant)
         return {work: turn.answer}
 
-    return Cell("wake-up", {work: "messages/s"}, rounds.turns("polling", "default", "notifier"), measure)
+    return Cell(group, {work: "messages/s"}, turns, measure)
 
 
 def drain(rounds: Rounds) -> list[Cell]:
@@ -102,7 +109,7 @@ def _drain(rounds: Rounds, batch: int) -> list[Cell]:
     turns = rounds.turns(*ours, by_hand=by_hand, peers=_if(every or usual)) + pgbench
     return [
         Cell("drain", {work: "messages/s"}, turns, measure),
-        *[Cell("drain", {work: "messages/s"}, rounds.turns(peers="others"), measure, 3)] * (every and usual),
+        *[Cell("drain", {work: "messages/s"}, rounds.turns(peers="others"), measure, 2)] * (every and usual),
     ]
 
 
@@ -134,8 +141,7 @@ def _relays(rounds: Rounds) -> Cell:
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         # A peer that would empty the usual backlog in that time is told so, and has no figure.
-        wanted = 2 * _backlog(rounds, side)
-        await rounds.filled(side, variant, wanted, least=0.9)
+        await rounds.filled(side, variant, _backlog(rounds, side), least=0.95)
         load = {"messages": _ENDLESS, "batch": 100, "variant": variant}
         asked = [one.ask("drain", seconds=rounds.drain, **load) for one in await rounds.siblings(side, 4)]
         # All answer before one error counts: an answer nobody reads would be taken for that of the next question.
@@ -178,12 +184,15 @@ def _ordered(rounds: Rounds, keys: int, turns: list[Who], *, order: bool, repeat
 
 def slow(rounds: Rounds) -> list[Cell]:
     """A destination that takes its time for each call."""
-    return [_slow(rounds, pause) for pause in ((0.002, _BROKER) if rounds.plan.every else (_BROKER,))]
+    cells = []
+    for pause in (0.002, _BROKER) if rounds.plan.every else (_BROKER,):
+        peers = _if(rounds.plan.every and pause == _BROKER)
+        turns = rounds.turns("default", "concurrent", by_hand=["default", "uvloop"], peers=peers)
+        cells.append(_slow(rounds, pause, "slow", turns, f"a destination of {pause * 1000:.0f} ms"))
+    return cells
 
 
-def _slow(rounds: Rounds, pause: float) -> Cell:
-    work = f"a destination of {pause * 1000:.0f} ms"
-
+def _slow(rounds: Rounds, pause: float, group: str, turns: list[Who], work: str) -> Cell:
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         have = await rounds.filled(side, variant, _backlog(rounds, side))
         load = {"messages": have, "batch": 100, "variant": variant, "pause": pause}
@@ -191,18 +200,22 @@ def _slow(rounds: Rounds, pause: float) -> Cell:
         await rounds.accounted(side, turn)
         return {work: turn.answer}
 
-    turns = rounds.turns(
-        "default", "concurrent", by_hand=["default", "uvloop"], peers=_if(rounds.plan.every and pause == _BROKER)
-    )
-    return Cell("slow", {work: "messages/s"}, turns, measure)
+    return Cell(group, {work: "messages/s"}, turns, measure, 3)
 
 
 def latency(rounds: Rounds) -> list[Cell]:
     """From the commit to the destination."""
-    return [_latency(rounds, per_second) for per_second in ((_RARELY, 400) if rounds.plan.every else (400,))]
+    cells = []
+    for per_second in (_RARELY, _OFTEN) if rounds.plan.every else (_OFTEN,):
+        ours = ["default", "notifier", *["uvloop", "polling"] * (rounds.plan.every and per_second == _OFTEN)]
+        turns = rounds.turns(
+            *ours, by_hand=["default"] * rounds.plan.every, peers=_if(rounds.plan.every), waking=rounds.plan.every
+        )
+        cells.append(_latency(rounds, per_second, "latency", turns))
+    return cells
 
 
-def _latency(rounds: Rounds, per_second: int) -> Cell:
+def _latency(rounds: Rounds, per_second: int, group: str, turns: list[Who]) -> Cell:
     works = [f"{per_second}/s, {part}" for part in ("p50", "p99")]
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
@@ -215,12 +228,7 @@ def _latency(rounds: Rounds, per_second: int) -> Cell:
         # The first ones wait for statements that are prepared: nobody's latency after a second.
         return dict(zip(works, _percentiles(turn.answer[wanted // 4 :]), strict=True))
 
-    often = per_second > _RARELY
-    ours = ["default", "notifier", *["uvloop", "polling"] * (rounds.plan.every and often)]
-    turns = rounds.turns(
-        *ours, by_hand=["default"] * rounds.plan.every, peers=_if(rounds.plan.every), waking=rounds.plan.every
-    )
-    return Cell("latency", dict.fromkeys(works, "ms"), turns, measure, None if often else 3)
+    return Cell(group, dict.fromkeys(works, "ms"), turns, measure, 3 if per_second == _RARELY else None)
 
 
 def _percentiles(latencies: list[float]) -> tuple[float, float]:
@@ -236,7 +244,7 @@ def dead(rounds: Rounds) -> list[Cell]:
 
 
 def _dead(rounds: Rounds, turns: list[Who], rows: int, repeated: int) -> Cell:
-    some = min(_SOME, rounds.plan.backlog // 2, rows)
+    some = min(_SOME, rounds.plan.backlog // 2, rows // 4)
     works = {"no dead rows": "messages/s", "beside dead rows": "messages/s", "dead rows": "rows"}
 
     async def part(side: AnySide, variant: str, messages: int, seconds: float, batch: int = 100) -> Turn:
@@ -245,7 +253,7 @@ def _dead(rounds: Rounds, turns: list[Who], rows: int, repeated: int) -> Cell:
         return turn
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        await rounds.filled(side, variant, rows + 4 * some, least=1)
+        await rounds.filled(side, variant, rows + 2 * some, least=1)
         async with _snapshot(side.dsn):
             first = await part(side, variant, some, rounds.drain)
             # A slow side would take minutes for all of them, so it is told how many it made.
@@ -269,24 +277,24 @@ async def _snapshot(dsn: str) -> AsyncIterator[None]:
 
 
 def steady(rounds: Rounds) -> list[Cell]:
-    """Traffic for minutes, with and without a snapshot held all the time."""
+    """Traffic for minutes, with and without a snapshot held all the time: at once, each in a database of its own."""
     if not rounds.plan.steady:
         return []
-    return [_steady(rounds, held=held) for held in (False, True)]
-
-
-def _steady(rounds: Rounds, *, held: bool) -> Cell:
     seconds = rounds.plan.steady
+    load = {"per_second": 3_000, "per_transaction": 10, "seconds": seconds}
+
+    async def minutes(side: AnySide, variant: str) -> tuple[float, float, float]:
+        await rounds.emptied(side)
+        turn = await side.ask("latency", variant=variant, **load)
+        return *_percentiles(turn.answer), (await side.ask("rows")).answer["pending"]
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        await rounds.emptied(side)
-        load = {"per_second": 3_000, "per_transaction": 10, "seconds": seconds}
-        async with _snapshot(side.dsn) if held else nullcontext():
-            turn = await side.ask("latency", variant=variant, **load)
-            left = (await side.ask("rows")).answer["pending"]
-        return dict(zip(_STEADY, (seconds, *_percentiles(turn.answer), left), strict=True))
+        beside = await rounds.elsewhere(side)
+        async with _snapshot(beside.dsn):
+            both = await asyncio.gather(minutes(side, variant), minutes(beside, variant))
+        return dict(zip(_STEADY, (seconds, *both[0], *both[1]), strict=True))
 
-    return Cell("held" if held else "steady", _STEADY, rounds.turns("default"), measure, 1)
+    return [Cell("steady", _STEADY, rounds.turns("default"), measure, 1)]
 
 
 def memory(rounds: Rounds) -> list[Cell]:
@@ -331,6 +339,26 @@ def _resident(pid: int) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
+def tricks(rounds: Rounds) -> list[Cell]:
+    """The relay without one of its tricks, one at a time."""
+    if not rounds.plan.every:
+        return []
+
+    async def drain(side: AnySide, variant: str) -> Mapping[str, float]:
+        have = await rounds.filled(side, variant, _SOME, least=1)
+        turn = await side.ask("drain", seconds=rounds.drain, messages=have, batch=_USUAL_BATCH, variant=variant)
+        await rounds.accounted(side, turn)
+        return {"drain": turn.answer}
+
+    traffic = rounds.turns("default", "own BEGIN", "durable", *TRAFFIC)
+    return [
+        Cell("tricks", {"drain": "messages/s"}, rounds.turns("default", *DRAINING), drain, 3),
+        _slow(rounds, _BROKER, "tricks", rounds.turns("default", *IN_HAND), f"drain, {_BROKER * 1000:.0f} ms a call"),
+        _write_beside(rounds, "tricks", traffic, "write, 32 connections"),
+        _latency(rounds, _OFTEN, "tricks", traffic),
+    ]
+
+
 def imports(rounds: Rounds) -> list[Cell]:
     """How long the import of the library takes, in a new process."""
     python = environment("ours")
@@ -359,6 +387,7 @@ GROUPS: Final[Mapping[str, Callable[[Rounds], list[Cell]]]] = {
     "latency": latency,
     "dead": dead,
     "steady": steady,
+    "tricks": tricks,
     "memory": memory,
     "import": imports,
 }

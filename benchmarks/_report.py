@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import _wanted
-from benchmarks._figures import Figure, Figures, Name
+from benchmarks._figures import OURS, Figure, Figures, Name
 from benchmarks._rounds import AnySide, Plan
 from benchmarks._sides import ROOT, environment
 
@@ -32,7 +32,7 @@ _GROUPS: Final = {
     "latency": "Latency",
     "dead": "Beside dead rows",
     "steady": "Steady traffic",
-    "held": "Steady traffic, a snapshot held",
+    "tricks": "Without a trick",
     "memory": "Memory",
     "import": "Import",
 }
@@ -103,7 +103,7 @@ def show(results: Results) -> None:
 def write(results: Results, folder: Path) -> None:
     """Writes results.json, index.md and the plots."""
     facts = keep(results, folder)
-    (folder / "index.md").write_text(page(results), encoding="utf-8")
+    (folder / "index.md").write_text(page(results, folder), encoding="utf-8")
     command = [str(environment("report")), "-m", "benchmarks._plots", str(facts.resolve()), str(folder.resolve())]
     subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603 -- our own command
 
@@ -123,7 +123,27 @@ def read(facts: Path) -> Results:
     return Results(content["about"], content["sides"], Figures.from_json(content["figures"]))
 
 
-def page(results: Results) -> str:
+def instructions_file(folder: Path) -> Path:
+    """Returns where the counts of benchmarks/instructions.py are kept."""
+    return folder / "instructions.json"
+
+
+def instructions(folder: Path) -> list[list[str]]:
+    """Returns a header and a line for each side and variant; in brackets the ratio to this library."""
+    figures: list[dict[str, Any]] = json.loads(instructions_file(folder).read_text(encoding="utf-8"))
+    works = list(dict.fromkeys(figure["work"] for figure in figures))
+    of = {(one["side"], one["variant"], one["work"]): one["instructions"] for one in figures}
+    lines = [["side", "variant", *works]]
+    for side, variant in dict.fromkeys((figure["side"], figure["variant"]) for figure in figures):
+        cells = []
+        for work in works:
+            figure, ours = of.get((side, variant, work)), of["outbox", "default", work]
+            cells.append("" if figure is None else f"{figure:,.0f} ({figure / ours:.2f})")
+        lines.append([side, variant, *cells])
+    return lines
+
+
+def page(results: Results, folder: Path) -> str:
     """Returns the page, in Markdown."""
     wanted = [list(_WANTED), *_wanted_lines(results.figures)]
     parts = {
@@ -134,6 +154,8 @@ def page(results: Results) -> str:
     for group in _GROUPS:
         lines = _lines(results, group)
         parts[group] = _table(lines) if lines[1:] else "Not measured in this run."
+    counted = instructions_file(folder).exists()
+    parts["instructions"] = _table(instructions(folder)) if counted else "Not counted: `make bench-instructions`."
     parts["missing"] = "\n".join(f"- {line}" for line in _missing(results)) or "Nothing."
     text = _PAGE.read_text(encoding="utf-8")
     for name, part in parts.items():
@@ -169,8 +191,9 @@ def _cell(figures: Figures, name: Name) -> str:
     figure = figures.cell(name)
     if figure is None or figure.missing:
         return "" if figure is None else "none"
-    ratio = figures.ratio(name, Name(name.group, name.work, "by_hand", "default"))
-    if ratio and figure.unit == "messages/s" and name[2:] != ("by_hand", "default"):
+    floor = (OURS if name.group == "tricks" else "by_hand", "default")
+    ratio = figures.ratio(name, Name(name.group, name.work, *floor))
+    if ratio and (figure.unit == "messages/s" or name.group == "tricks") and name[2:] != floor:
         return f"{_number(figure)} ({ratio.value:.2f})"
     return _number(figure)
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -96,12 +96,18 @@ class Running:
         self._process = process
 
     @classmethod
-    async def start(cls, key: str, dsn: str) -> Self:
-        """Starts the process and asks it who it is; it says what goes wrong in .bench/<side>.log."""
+    async def start(cls, key: str, dsn: str, *, under: Sequence[str] = ()) -> Self:
+        """Starts the process and asks it who it is; it says what goes wrong in .bench/<side>.log.
+
+        Args:
+            key: The side.
+            dsn: Of its database.
+            under: A command to run it under.
+        """
         python = environment(key)
         log = _HOME / f"{key}.log"
         with log.open("ab") as errors:
-            command = (str(python), "-m", f"benchmarks.sides.{SIDES[key]}", dsn)
+            command = (*under, str(python), "-m", f"benchmarks.sides.{SIDES[key]}", dsn)
             process = await asyncio.create_subprocess_exec(
                 *command, cwd=ROOT, stdin=PIPE, stdout=PIPE, stderr=errors, limit=_LINE
             )
@@ -145,8 +151,14 @@ class Running:
         """Whether the process is there."""
         return self._process.returncode is None
 
+    async def end(self) -> None:
+        """Has the process end by itself."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        await self._process.wait()
+
     async def stop(self) -> None:
-        """Ends the process."""
+        """Kills the process."""
         if self.alive:
             self._process.kill()  # it holds nothing that outlives its connections
             await self._process.wait()

@@ -27,7 +27,7 @@ __all__ = ["Counting"]  # benchmarks/instrumentation.py takes it from here
 
 SETTINGS: Final = {"shared_buffers": "1GB", "max_wal_size": "4GB", "checkpoint_timeout": "30min"}
 """Durable as it comes. A checkpoint would strike one side and not another, so none falls into a run."""
-_OUTPUT: Final = {"full": ROOT / "docs" / "benchmarks", "short": ROOT / "docs" / "benchmarks" / "short"}
+OUTPUT: Final = {"full": ROOT / "docs" / "benchmarks", "short": ROOT / "docs" / "benchmarks" / "short"}
 _SO_FAR: Final = ROOT / ".bench"
 _CONSOLE: Final = Console(stderr=True)
 
@@ -108,7 +108,7 @@ def main() -> None:
     results = asyncio.run(measure(plan, sides, only))
     _report.show(results)
     complete = set(only) == set(GROUPS) and set(sides) == set(SIDES)
-    output = arguments.output or (_OUTPUT[plan.name] if complete else None)
+    output = arguments.output or (OUTPUT[plan.name] if complete else None)
     if output:
         _report.write(results, output)
         _say(f"written to {output}")

@@ -17,13 +17,13 @@ class Notifier:
     """Sends a NOTIFY when transactions of this process have written messages, for relays that `listen`.
 
     Never inside your transaction: there a NOTIFY takes a lock that all committing transactions of the server
-    share. It is sent afterwards, once for all commits of a few milliseconds, from a connection of the pool. It
-    only saves waiting: one that is lost is made good by the relay's polling.
+    share. It is sent at once after it, from a connection of the pool, and then not again for a few milliseconds: the
+    next is for all commits until then. It only saves waiting: one that is lost is made good by the relay's polling.
 
     Args:
         outbox: The object that the writers of this process use.
         pool: Where the connection comes from.
-        debounce: How long to gather commits before one NOTIFY is sent for all of them.
+        debounce: How long the next NOTIFY is put off after one, so that it is for all commits in between.
     """
 
     def __init__(self, outbox: Outbox, pool: Pool, *, debounce: timedelta = timedelta(milliseconds=5)) -> None:
@@ -40,10 +40,10 @@ class Notifier:
             while True:
                 with self._outbox._wakeup.asleep():
                     await committed.wait()
-                await anyio.sleep(self._debounce)
                 committed.clear()
                 try:
                     await self._pool.execute("SELECT pg_notify($1, '')", self._outbox._queries.channel, timeout=5)
                 except Exception as error:
                     if not is_transient(error) or self._pool.is_closing():
                         raise
+                await anyio.sleep(self._debounce)

@@ -643,6 +643,17 @@ async def test_a_relay_elsewhere_is_woken_by_a_notifier(pool: asyncpg.Pool[Any],
         group.cancel_scope.cancel()
 
 
+async def test_a_notifier_does_not_put_off_the_first_commit(pool: asyncpg.Pool[Any], outbox: Outbox) -> None:
+    elsewhere, destination = Outbox(outbox.table, schema=outbox.schema), Destination()
+    relaying = running(elsewhere, pool, destination, poll_interval=timedelta(hours=1), listen=True)
+    async with relaying, anyio.create_task_group() as group:
+        await group.start(Notifier(outbox, pool, debounce=timedelta(hours=1)).run)
+        await asyncio.sleep(0.3)  # why a sleep: the relay must have become idle, with hours to wait
+        await write(pool, outbox, 1)
+        await destination.has_accepted(1)
+        group.cancel_scope.cancel()
+
+
 # --- the life of a relay ----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations  # the driver's classes are generic for the t
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import asyncpg
 
 from benchmarks.sides import _work
 from benchmarks.sides._serve import serve
+from benchmarks.sides._tricks import TRICKS
 from benchmarks.sides.by_hand import FILL
 from outbox import CommitStrategy, Message, Notifier, Outbox, OutboxDispatcher, Relay
 
@@ -54,15 +55,19 @@ class Counting:
 class Destination:
     """Accepts all that it gets, and has it counted."""
 
-    def __init__(self, tally: _work.Tally, name: attrgetter[Any], pause: float = 0.0) -> None:
+    def __init__(self, tally: _work.Tally, name: attrgetter[Any], pause: float = 0.0, *, decodes: bool = False) -> None:
         self._tally = tally
         self._name = name
         self._pause = pause
+        self._decodes = decodes
 
     async def dispatch(self, *messages: Message) -> None:
         """Sleeps, if it is a slow one, and accepts."""
         if self._pause:
             await asyncio.sleep(self._pause)  # the destination's time
+        if self._decodes:
+            for message in messages:
+                message.payload  # noqa: B018 -- it is decoded when it is asked for
         self._tally.add(map(self._name, messages))
 
 
@@ -71,7 +76,7 @@ class Ours:
 
     name = "outbox"
     version = f"{version('asyncpg-outbox')}, asyncpg {asyncpg.__version__}"
-    settings: Mapping[str, str] = {
+    settings: Mapping[str, str] = {name: trick.instead for name, trick in TRICKS.items()} | {
         "default": "the defaults: four calls of the destination at once; writers of the process wake the relay",
         "uvloop": "the same on uvloop",
         "concurrent": "uvloop, 24 calls of the destination at once: for one that takes its time",
@@ -135,8 +140,9 @@ class Ours:
     ) -> float:
         """Drains by one relay, in the order of keys if that is asked for."""
         tally = _work.Tally(messages)
-        destination, settings = Destination(tally, _POSITION, pause), _SETTINGS.get(variant, {})
-        async with asyncpg.create_pool(self._dsn, min_size=2, max_size=3) as pool:
+        trick, settings = TRICKS.get(variant), _SETTINGS.get(variant, {})
+        destination = Destination(tally, _POSITION, pause, decodes=bool(trick and trick.decodes))
+        async with _without(variant), asyncpg.create_pool(self._dsn, min_size=2, max_size=3) as pool:
             relay = Relay(Outbox(), pool, destination, batch_size=batch, order="key" if order else "none", **settings)
             before = (await self.rows())["pending"]
             async with _running(relay):
@@ -171,6 +177,7 @@ class Ours:
         # An object of their own: whoever writes through it does not wake the relay of the process.
         writers = Outbox() if variant in {"notifier", "polling"} else outbox
         async with (
+            _without(variant),
             asyncpg.create_pool(self._dsn, min_size=4, max_size=4) as pool,
             _running(Relay(outbox, pool, Destination(tally, _ID), **_SETTINGS.get(variant, {})), ready=True),
             asyncio.TaskGroup() as tasks,
@@ -185,6 +192,15 @@ class Ours:
         async with _work.connected(self._dsn, 1) as (connection,):
             counts = await Outbox().counts(connection)
             return {"pending": counts.pending, "settled": counts.dispatched}
+
+
+@asynccontextmanager
+async def _without(variant: str) -> AsyncIterator[None]:
+    """Takes a trick away, if the variant is named after one."""
+    with ExitStack() as stack:
+        for patch in TRICKS[variant].patches() if variant in TRICKS else ():
+            stack.enter_context(patch)
+        yield
 
 
 class _Ready(asyncio.Event):
