@@ -46,7 +46,7 @@ bench: .venv  ## Measure it beside the work written by hand, pgbench and five ot
 bench-full: .venv  ## The same with the whole matrix, into docs/benchmarks; less than twenty minutes
 	@$(BIN)/python -m benchmarks.bench
 
-bench-instructions: .venv  ## Count the instructions of a message by Valgrind, into docs/benchmarks; about ten minutes
+bench-instructions: .venv  ## Count the instructions of a message by Valgrind, into docs/benchmarks; about twenty minutes
 	@$(BIN)/python -m benchmarks.instructions
 
 bench-order: .venv  ## Measure what an order costs, with 1, 2 and 4 relay processes; about four minutes

@@ -141,6 +141,14 @@ class Competing:
             self._claimed.append(suspect)
         return more
 
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether what was claimed may be delivered while its COMMIT is under way.
+
+        Not what waited: if it kills the process, the attempt must have been counted.
+        """
+        return all(isinstance(batch, Rows) for batch in self._claimed)
+
     def claimed(self) -> int:
         """Has what was claimed ready to go out; returns how many messages that are."""
         self._in_doubt = False

@@ -485,6 +485,9 @@ class Owning:
             self._next_due = 0.0
         self._next_departed = after(started, _DEPARTED_SECONDS)
 
+    may_go_ahead = False
+    """What its COMMIT fails to claim, others may deliver: out of order."""
+
     def claimed(self) -> int:
         """Queues what was read, each message in its lane; returns how many messages that are."""
         reading, self._reading = self._reading, None

@@ -260,14 +260,20 @@ def _check_order(order: Ordering, on_failure: OnFailure) -> None:
 
 @contextmanager
 def surfacing_alone(what: str) -> Iterator[None]:
-    """Raises the one error that ended a group of tasks as itself, and the driver's as this library's."""
+    """Raises the one error that ended a group of tasks as itself, and the driver's as this library's.
+
+    Several of the driver's, which tasks met at the same moment, are one: the first.
+    """
+    the_drivers = (*DRIVER_ERRORS, TimeoutError)
     try:
         yield
     except BaseException as error:
         cause = error
-        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+        while isinstance(cause, BaseExceptionGroup) and (
+            len(cause.exceptions) == 1 or cause.split(the_drivers)[1] is None
+        ):
             cause = cause.exceptions[0]
-        if isinstance(cause, (*DRIVER_ERRORS, TimeoutError)):
+        if isinstance(cause, the_drivers):
             raise OutboxError(f"{what}: {describe(cause)}") from cause
         if cause is not error:
             raise cause from None

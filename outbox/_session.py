@@ -1,5 +1,6 @@
 """A connection of the pool, kept by a relay: one short transaction at a time, and never an await without a limit."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -58,13 +59,16 @@ class Session:
         return self._connection is not None
 
     @asynccontextmanager
-    async def transaction(self, at_most: float = math.inf, *, to_go_on: bool = False) -> AsyncIterator[Connection]:
+    async def transaction(
+        self, at_most: float = math.inf, *, to_go_on: bool = False, on_commit: Callable[[], None] | None = None
+    ) -> AsyncIterator[Connection]:
         """Opens a transaction, commits it at the end, and rolls it back when anything is raised.
 
         Args:
             at_most: Seconds that others can wait for it, if that is less than the limit; to miss it proves nothing.
             to_go_on: Whether another one follows at once: it is opened by the COMMIT, which saves a round trip.
                 Nothing is locked or seen by it, but if it does not follow after all, call `rest`.
+            on_commit: Called when the COMMIT is on its way, and not answered yet.
 
         Raises:
             TimeoutError: When the limit has passed.
@@ -84,7 +88,7 @@ class Session:
                     with anyio.fail_after(limit):
                         yield connection
                         goes_on = to_go_on and monotonic() < self._went_on_since + READY_SECONDS
-                        await connection.execute(f"COMMIT; {begin}" if goes_on else "COMMIT")
+                        await _commit(connection, f"COMMIT; {begin}" if goes_on else "COMMIT", on_commit)
                         self._is_ready = goes_on
                 except (TimeoutError, asyncpg.QueryCanceledError):
                     if is_usual:
@@ -132,6 +136,17 @@ class Session:
                 connection.terminate()
             with anyio.CancelScope(shield=True):
                 await self._pool.release(connection)
+
+
+async def _commit(connection: Connection, statements: str, on_commit: Callable[[], None] | None) -> None:
+    # The driver sends before it waits, and so before the loop has its next turn.
+    sent = asyncio.get_running_loop().call_soon(on_commit) if on_commit else None
+    try:
+        await connection.execute(statements)
+    except BaseException:
+        if sent:
+            sent.cancel()
+        raise
 
 
 def is_transient(error: BaseException) -> bool:
