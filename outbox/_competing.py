@@ -52,6 +52,7 @@ class Competing:
         self._holdings = Holdings(batch_size * concurrency)
         self._ready: deque[Batch | Rows] = deque()
         self._claimed: list[Batch | Rows] = []
+        self._ahead: Rows | None = None
         self._outcomes = Settlement(membership.owner)
         self._unsettled: list[Settlement] = []
         self._put_back = 0
@@ -141,17 +142,32 @@ class Competing:
             self._claimed.append(suspect)
         return more
 
-    @property
-    def may_go_ahead(self) -> bool:
-        """Whether what was claimed may be delivered while its COMMIT is under way.
+    def go_ahead(self) -> int:
+        """Has what was claimed ready to go out though its COMMIT is under way; returns how many messages that are.
 
-        Not what waited: if it kills the process, the attempt must have been counted.
+        If it is a single batch, since others would not go out so soon. And not what waited: if it kills the process,
+        the attempt must have been counted.
         """
-        return all(isinstance(batch, Rows) for batch in self._claimed)
+        if len(self._claimed) != 1 or not isinstance(self._claimed[0], Rows):
+            return 0
+        self._ahead = self._claimed[0]
+        return self._make_ready()
+
+    def withdraw(self) -> None:
+        """Takes back what went ahead and has not gone out, when its COMMIT has failed, and doubts what has."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and any(batch is ahead for batch in self._ready):
+            self._ready = deque(batch for batch in self._ready if batch is not ahead)
+            self._holdings.forget(ahead)
+        self.doubt()
 
     def claimed(self) -> int:
         """Has what was claimed ready to go out; returns how many messages that are."""
         self._in_doubt = False
+        self._ahead = None
+        return self._make_ready()
+
+    def _make_ready(self) -> int:
         batches, self._claimed = self._claimed, []
         self._ready.extend(batches)
         return self._holdings.add(batches)
@@ -222,6 +238,8 @@ class Competing:
             by_position = {position_of(message): message.id for batch in batches for message in batch.messages}
             return [by_position[position] for position in positions]
 
+        if in_doubt:  # by a COMMIT that got no answer, and may still be under way: no claim is to appear behind this
+            await self._membership.wait_for_own(connection)
         await settle(connection, self._queries, settlement, self._commit, ids, in_doubt=in_doubt)
 
     def settled(self, settlement: Settlement) -> bool:

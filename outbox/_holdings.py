@@ -70,6 +70,11 @@ class Holdings:
                 self.holds_crash_suspect |= batch.suspect is Suspect.CRASH
         return self._messages - before
 
+    def forget(self, batch: Rows) -> None:
+        """Removes a claim of one batch that was not delivered: what the table says of it is to be let go of."""
+        self._messages -= len(batch.rows)
+        del self._claims[batch.claim.upto]
+
     def doubt(self) -> None:
         """Has the claims in doubt: the database was lost, and may have forgotten them."""
         for claim in self._claims.values():

@@ -485,8 +485,12 @@ class Owning:
             self._next_due = 0.0
         self._next_departed = after(started, _DEPARTED_SECONDS)
 
-    may_go_ahead = False
-    """What its COMMIT fails to claim, others may deliver: out of order."""
+    def go_ahead(self) -> int:
+        """Does nothing: what its COMMIT fails to claim others may deliver, out of order."""
+        return 0
+
+    def withdraw(self) -> None:
+        """Does nothing: nothing goes ahead."""
 
     def claimed(self) -> int:
         """Queues what was read, each message in its lane; returns how many messages that are."""

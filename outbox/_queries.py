@@ -272,6 +272,10 @@ class Queries:
         # Where the same message still is; locked, it stays there.
         self.still_fresh = f"SELECT position FROM {outbox} WHERE {the_same.replace('{}', outbox)} FOR UPDATE"
 
+        self.claimed_by_others = f"""
+            SELECT position FROM unnest($2::text::bigint[]) AS position
+            WHERE position IN (SELECT unnest(positions || '{{}}'::bigint[]) FROM {claims} WHERE owner <> $1)"""
+
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""
             WITH held AS (

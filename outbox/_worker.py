@@ -111,8 +111,8 @@ class Hands(Protocol):
     async def balance(self, connection: Connection) -> bool: ...
     def balanced(self) -> None: ...
     async def claim(self, connection: Connection) -> None: ...
-    @property
-    def may_go_ahead(self) -> bool: ...
+    def go_ahead(self) -> int: ...
+    def withdraw(self) -> None: ...
     async def claim_one(self, connection: Connection) -> None: ...
     def claimed(self) -> int: ...
     def take(self) -> Batch | None: ...
@@ -380,7 +380,10 @@ class Worker:
         try:
             async with self._searching.transaction(to_go_on=self._is_restless, on_commit=self._go_ahead) as connection:
                 await self._hands.claim(connection)
-            self._note_claimed()
+            self._note_claimed(self._hands.claimed())
+        except BaseException:
+            self._hands.withdraw()
+            raise
         finally:
             self._committed.set()
         return self._claimed
@@ -391,13 +394,13 @@ class Worker:
         Until the COMMIT others find it locked, and then claimed. One that fails is as one that the server forgets when
         it crashes: what was delivered by then may be delivered again.
         """
-        if self._hands.may_go_ahead:
+        if ahead := self._hands.go_ahead():
             self._committed.clear()
-            self._note_claimed()
+            self._note_claimed(ahead)
 
-    def _note_claimed(self) -> None:
-        self._claimed += self._hands.claimed()
-        if self._claimed:
+    def _note_claimed(self, messages: int) -> None:
+        self._claimed += messages
+        if messages:
             self._ready.set()
 
     async def _balance(self) -> None:

@@ -78,6 +78,11 @@ class Asking:
     async def next(self) -> Call:
         return await self._calls.get()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call waits to be taken."""
+        return self._calls.empty()
+
 
 class Floors:
     """Sees each attempt of a relay to raise its floor, below which it looks no more."""
@@ -284,6 +289,78 @@ async def test_a_claim_whose_commit_is_lost_is_delivered_ahead_of_it_unless_it_w
     assert await nothing_is_held(pool, outbox)
     assert set(destination.accepted) == {"before", *range(5)}
     assert all(destination.accepted.count(number) <= 2 for number in range(5))
+
+
+_TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1"
+
+
+def swallows_the_commit_of(number: int, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """The network becomes a black hole between the claim of that many and its COMMIT; returns what tells of it."""
+    claim, swallowed, claims = Competing.claim, asyncio.Event(), 0
+
+    async def claiming(self: Competing, connection: Any) -> None:
+        nonlocal claims
+        await claim(self, connection)
+        claims += bool(self._claimed)
+        if self._claimed and claims == number:
+            proxy.black_hole()
+            swallowed.set()
+
+    monkeypatch.setattr(Competing, "claim", claiming)
+    return swallowed
+
+
+async def test_what_went_ahead_of_a_lost_commit_and_has_not_gone_out_is_delivered_once(
+    pool: asyncpg.Pool[Any], outbox: Outbox, proxy: FaultProxy, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination, events = Asking(), Events()
+    swallows_the_commit_of(2, proxy, monkeypatch)
+    await write(pool, outbox, 1)
+    async with named_pool(proxy.dsn(dsn)) as (through, _):
+        settings: dict[str, Any] = {"poll_interval": timedelta(milliseconds=20), "lease": timedelta(seconds=1)}
+        async with running(outbox, through, destination, concurrency=1, hooks=[events], **settings):
+            first = await destination.next()
+            await write(pool, outbox, 2)
+            await events.wait_for(DatabaseLost)
+            proxy.heal()
+            first.answer.set_result(None)
+            second = await destination.next()
+            second.answer.set_result(None)
+            await until_counts(pool, outbox, (0, 0, 0, 0))
+            assert [message.payload for message in second.messages] == [2]
+            assert destination.is_idle
+    assert await nothing_is_held(pool, outbox)
+
+
+async def test_what_failed_ahead_of_a_lost_commit_stays_with_the_relay_that_has_claimed_it_since(
+    pool: asyncpg.Pool[Any],
+    outbox: Outbox,
+    proxy: FaultProxy,
+    dsn: str,
+    *,
+    hand: asyncpg.Connection[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    destination, events, other = Asking(), Events(), uuid4()
+    swallowed = swallows_the_commit_of(1, proxy, monkeypatch)
+    await write(pool, outbox, 1)
+    async with named_pool(proxy.dsn(dsn)) as (through, name):
+        settings: dict[str, Any] = {"poll_interval": _HOUR, "lease": timedelta(seconds=1)}
+        async with running(outbox, through, destination, hooks=[events], **settings):
+            call = await destination.next()
+            await swallowed.wait()
+            await hand.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", name
+            )
+            await until_gone(pool, name)
+            await hand.execute("INSERT INTO outbox_relays (owner, until) VALUES ($1, 'infinity')", other)
+            await hand.execute("INSERT INTO outbox_claims SELECT position, $1, ARRAY[position] FROM outbox", other)
+            call.answer.set_exception(RejectedError("never"))
+            await events.wait_for(MessageDied)
+            proxy.heal()
+    assert await hand.fetchval("SELECT count(*) FROM outbox") == 1
+    assert await hand.fetchval("SELECT count(*) FROM outbox_dead") == 0
+    assert await hand.fetchval("SELECT owner FROM outbox_claims") == other
 
 
 @pytest.mark.parametrize("verb", ["run", "run_once"])
