@@ -71,14 +71,14 @@ def _if(wanted: bool) -> Peers:  # noqa: FBT001 -- it reads as a condition
     return "fastest" if wanted else "none"
 
 
-def _write_beside(rounds: Rounds, group: str, turns: list[Who], work: str) -> Cell:
+def _write_beside(rounds: Rounds, group: str, turns: list[Who], work: str, repeated: int | None = None) -> Cell:
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         await rounds.emptied(side)
         turn = await side.ask("write_beside", seconds=2 * rounds.seconds, connections=32, variant=variant)
         return {work: turn.answer}
 
-    return Cell(group, {work: "messages/s"}, turns, measure)
+    return Cell(group, {work: "messages/s"}, turns, measure, repeated)
 
 
 def drain(rounds: Rounds) -> list[Cell]:
@@ -284,14 +284,15 @@ def steady(rounds: Rounds) -> list[Cell]:
     load = {"per_second": 3_000, "per_transaction": 10, "seconds": seconds}
 
     async def minutes(side: AnySide, variant: str) -> tuple[float, float, float]:
-        await rounds.emptied(side)
         turn = await side.ask("latency", variant=variant, **load)
         return *_percentiles(turn.answer), (await side.ask("rows")).answer["pending"]
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        beside = await rounds.elsewhere(side)
-        async with _snapshot(beside.dsn):
-            both = await asyncio.gather(minutes(side, variant), minutes(beside, variant))
+        sides = side, await rounds.elsewhere(side)
+        for one in sides:
+            await rounds.emptied(one)
+        async with _snapshot(sides[1].dsn):
+            both = await asyncio.gather(*(minutes(one, variant) for one in sides))
         return dict(zip(_STEADY, (seconds, *both[0], *both[1]), strict=True))
 
     return [Cell("steady", _STEADY, rounds.turns("default"), measure, 1)]
@@ -354,7 +355,7 @@ def tricks(rounds: Rounds) -> list[Cell]:
     return [
         Cell("tricks", {"drain": "messages/s"}, rounds.turns("default", *DRAINING), drain, 3),
         _slow(rounds, _BROKER, "tricks", rounds.turns("default", *IN_HAND), f"drain, {_BROKER * 1000:.0f} ms a call"),
-        _write_beside(rounds, "tricks", traffic, "write, 32 connections"),
+        _write_beside(rounds, "tricks", traffic, "write, 32 connections", 3),
         _latency(rounds, _OFTEN, "tricks", traffic),
     ]
 

@@ -35,7 +35,7 @@ class Plan:
 
 
 FULL: Final = Plan(
-    "full", 5, drain=1.0, seconds=0.6, backlog=200_000, dead=600_000, deep=1_000_000, steady=120, every=True
+    "full", 5, drain=0.9, seconds=0.6, backlog=200_000, dead=600_000, deep=1_000_000, steady=120, every=True
 )
 SHORT: Final = Plan("short", 3, drain=0.8, seconds=0.4, backlog=100_000, dead=100_000)
 
