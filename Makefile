@@ -40,7 +40,7 @@ coverage: .venv  ## Run the tests and show which lines they never reach
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
-bench: .venv  ## Measure it beside the work written by hand, pgbench and five other packages; about three minutes
+bench: .venv  ## Measure it beside the work written by hand, pgbench and five other packages; less than two minutes
 	@$(BIN)/python -m benchmarks.bench --short
 
 bench-full: .venv  ## The same with the whole matrix, into docs/benchmarks; less than twenty minutes

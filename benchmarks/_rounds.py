@@ -37,7 +37,7 @@ class Plan:
 FULL: Final = Plan(
     "full", 5, drain=0.9, seconds=0.6, backlog=200_000, dead=600_000, deep=1_000_000, steady=120, every=True
 )
-SHORT: Final = Plan("short", 3, drain=0.8, seconds=0.4, backlog=100_000, dead=100_000)
+SHORT: Final = Plan("short", 3, drain=0.6, seconds=0.4, backlog=100_000, dead=100_000)
 
 Peers = Literal["none", "fastest", "others"]
 _RANKED: Final = ("best", "fast", "default")
