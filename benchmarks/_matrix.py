@@ -98,9 +98,7 @@ def _drain(rounds: Rounds, batch: int) -> list[Cell]:
         have = await rounds.filled(side, variant, _backlog(rounds, side))
         if side.key == "pgbench":
             have = min(have, _SOME // 2)  # it knows no time, and need not drain all of it
-        turn = await side.ask("drain", seconds=rounds.drain, messages=have, batch=batch, variant=variant)
-        await rounds.accounted(side, turn)
-        return {work: turn.answer}
+        return {work: (await rounds.drained(side, variant, have, batch=batch)).answer}
 
     every, usual = rounds.plan.every, batch == _USUAL_BATCH
     loops = ["default", *["uvloop"] * (every and batch >= _USUAL_BATCH)]
@@ -127,10 +125,7 @@ def _deep(rounds: Rounds) -> Cell:
             works, (side, await rounds.elsewhere(side)), (rounds.plan.backlog, rounds.plan.deep), strict=True
         ):
             await rounds.filled(one, variant, size, least=0.8)
-            load = {"messages": _SOME, "batch": 100, "variant": variant}
-            turn = await one.ask("drain", seconds=rounds.drain, **load)
-            await rounds.accounted(one, turn)
-            figures[work] = turn.answer
+            figures[work] = (await rounds.drained(one, variant, _SOME, batch=_USUAL_BATCH)).answer
         return figures
 
     return Cell("backlog", dict.fromkeys(works, "messages/s"), rounds.turns("default"), measure, 3)
@@ -140,7 +135,7 @@ def _relays(rounds: Rounds) -> Cell:
     work = "4 relays, each a process"
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
-        # A peer that would empty the usual backlog in that time is told so, and has no figure.
+        # A side that would empty its backlog in that time is told so, and has no figure.
         await rounds.filled(side, variant, _backlog(rounds, side), least=0.95)
         load = {"messages": _ENDLESS, "batch": 100, "variant": variant}
         asked = [one.ask("drain", seconds=rounds.drain, **load) for one in await rounds.siblings(side, 4)]
@@ -174,10 +169,7 @@ def _ordered(rounds: Rounds, keys: int, turns: list[Who], *, order: bool, repeat
 
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         have = await rounds.filled(side, variant, _backlog(rounds, side), keys=keys)
-        load = {"messages": have, "batch": 100, "variant": variant, "order": order}
-        turn = await side.ask("drain", seconds=rounds.drain, **load)
-        await rounds.accounted(side, turn)
-        return {work: turn.answer}
+        return {work: (await rounds.drained(side, variant, have, batch=_USUAL_BATCH, order=order)).answer}
 
     return Cell("keys", {work: "messages/s"}, turns, measure, repeated)
 
@@ -195,10 +187,7 @@ def slow(rounds: Rounds) -> list[Cell]:
 def _slow(rounds: Rounds, pause: float, group: str, turns: list[Who], work: str) -> Cell:
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         have = await rounds.filled(side, variant, _backlog(rounds, side))
-        load = {"messages": have, "batch": 100, "variant": variant, "pause": pause}
-        turn = await side.ask("drain", seconds=rounds.drain, **load)
-        await rounds.accounted(side, turn)
-        return {work: turn.answer}
+        return {work: (await rounds.drained(side, variant, have, batch=_USUAL_BATCH, pause=pause)).answer}
 
     return Cell(group, {work: "messages/s"}, turns, measure, 3)
 
@@ -247,20 +236,15 @@ def _dead(rounds: Rounds, turns: list[Who], rows: int, repeated: int) -> Cell:
     some = min(_SOME, rounds.plan.backlog // 2, rows // 4)
     works = {"no dead rows": "messages/s", "beside dead rows": "messages/s", "dead rows": "rows"}
 
-    async def part(side: AnySide, variant: str, messages: int, seconds: float, batch: int = 100) -> Turn:
-        turn = await side.ask("drain", seconds=seconds, messages=messages, batch=batch, variant=variant)
-        await rounds.accounted(side, turn)
-        return turn
-
     async def measure(side: AnySide, variant: str) -> Mapping[str, float]:
         await rounds.filled(side, variant, rows + 2 * some, least=1)
         async with _snapshot(side.dsn):
-            first = await part(side, variant, some, rounds.drain)
+            first = await rounds.drained(side, variant, some, batch=_USUAL_BATCH)
             # A slow side would take minutes for all of them, so it is told how many it made.
-            more = await part(side, variant, rows - first.count, 6, batch=1_000)
+            more = await rounds.drained(side, variant, rows - first.count, batch=_LARGEST_BATCH, seconds=6)
             # A relay that stops gives back what it had in hand, and that is slower: no part of this.
-            rest = await part(side, variant, some // 5, rounds.drain)
-            last = await part(side, variant, some, rounds.drain)
+            rest = await rounds.drained(side, variant, some // 5, batch=_USUAL_BATCH)
+            last = await rounds.drained(side, variant, some, batch=_USUAL_BATCH)
         made = first.count + more.count + rest.count
         return dict(zip(works, (first.answer, last.answer, made), strict=True))
 
@@ -347,9 +331,7 @@ def tricks(rounds: Rounds) -> list[Cell]:
 
     async def drain(side: AnySide, variant: str) -> Mapping[str, float]:
         have = await rounds.filled(side, variant, _SOME, least=1)
-        turn = await side.ask("drain", seconds=rounds.drain, messages=have, batch=_USUAL_BATCH, variant=variant)
-        await rounds.accounted(side, turn)
-        return {"drain": turn.answer}
+        return {"drain": (await rounds.drained(side, variant, have, batch=_USUAL_BATCH)).answer}
 
     traffic = rounds.turns("default", "own BEGIN", "durable", *TRAFFIC)
     return [

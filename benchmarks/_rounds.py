@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from benchmarks._figures import Figures, Name, is_peer
 from benchmarks._pgbench import PgBench
@@ -181,6 +181,12 @@ class Rounds:
         if delivered != gone:
             raise SideError(f"{side.name} delivered {delivered:,} messages, and {gone:,} rows are gone")
         return backlog.pending
+
+    async def drained(self, side: AnySide, variant: str, messages: int, **load: Any) -> Turn:
+        """Has a side drain so many, for no longer than a turn takes, and accounts for them."""
+        turn = await side.ask("drain", **{"seconds": self.drain, **load}, messages=messages, variant=variant)
+        await self.accounted(side, turn)
+        return turn
 
     async def siblings(self, side: AnySide, count: int) -> list[AnySide]:
         """Returns the side and further processes of it on the same database, so many in all."""

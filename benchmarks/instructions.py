@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import _report
+from benchmarks._figures import is_peer
 from benchmarks._sides import Running, SideError, database
 from benchmarks.bench import OUTPUT
 from benchmarks.sides._tricks import DRAINING
@@ -29,8 +30,9 @@ _TURNS: Final = {
     "drain, batch 100": [*_FAST, *((peer, "fast") for peer in _PEERS), *(("ours", name) for name in DRAINING)],
     "write, 100 in a transaction": [*_FAST, *((peer, "fast") for peer in _PEERS)],
 }
-_COUNTS: Final = {True: (4_000, 24_000), False: (1_000, 4_000)}
-"""Messages of the two drains: of those that are fast, and of the others."""
+_DRAINS: Final = (4_000, 24_000)
+_DRAINS_OF_PEERS: Final = (1_000, 4_000)
+"""Messages of the two turns of draining."""
 _SECONDS: Final = (2.0, 10.0)
 """Of the two turns of writing."""
 _PATIENCE: Final = 300.0
@@ -63,7 +65,7 @@ async def _for_a_message(side: Running, variant: str, work: str) -> float:
 def _loads(side: Running, work: str) -> list[dict[str, Any]]:
     if work.startswith("write"):
         return [{"seconds": seconds, "per_transaction": 100, "connections": 1, "size": 300} for seconds in _SECONDS]
-    counts = _COUNTS[(side.key, "default") in _FAST]
+    counts = _DRAINS_OF_PEERS if is_peer(side.key) else _DRAINS
     return [{"seconds": _PATIENCE, "messages": count, "batch": 100} for count in counts]
 
 

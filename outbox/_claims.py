@@ -199,9 +199,10 @@ async def settle(
             fresh = await _still_fresh(connection, queries, [*delivered, *set_aside], ids)
             waiting = waiting + [position for position in delivered if position not in fresh]
             delivered = [position for position in delivered if position in fresh]
-            set_aside = await _not_claimed_by_others(
-                connection, queries, settlement.owner, [position for position in set_aside if position in fresh]
-            )
+            set_aside = [position for position in set_aside if position in fresh]
+            if set_aside:  # what another relay has claimed since is its own
+                rows = await connection.fetch(queries.not_claimed_by_others, settlement.owner, listed(set_aside))
+                set_aside = [row["position"] for row in rows]
         if delivered:
             await connection.execute(queries.mark if mark else queries.remove, listed(delivered))
     if waiting:
@@ -228,17 +229,6 @@ async def _still_fresh(
     """Returns at which of these positions the same message is still fresh, and keeps it so."""
     rows = await connection.fetch(queries.still_fresh, listed(positions), ids(positions))
     return {row["position"] for row in rows}
-
-
-async def _not_claimed_by_others(
-    connection: Connection, queries: Queries, owner: UUID, positions: list[int]
-) -> list[int]:
-    """Returns those of these positions, locked before, that no other relay has claimed: what it has is its own."""
-    if not positions:
-        return []
-    rows = await connection.fetch(queries.claimed_by_others, owner, listed(positions))
-    others = {row["position"] for row in rows}
-    return [position for position in positions if position not in others]
 
 
 async def _settle_failures(connection: Connection, queries: Queries, settlement: Settlement) -> None:

@@ -142,16 +142,17 @@ class Competing:
             self._claimed.append(suspect)
         return more
 
-    def go_ahead(self) -> int:
-        """Has what was claimed ready to go out though its COMMIT is under way; returns how many messages that are.
+    def go_ahead(self) -> bool:
+        """Has what was claimed ready to go out though its COMMIT is under way; returns whether it is.
 
         If it is a single batch, since others would not go out so soon. And not what waited: if it kills the process,
         the attempt must have been counted.
         """
         if len(self._claimed) != 1 or not isinstance(self._claimed[0], Rows):
-            return 0
+            return False
         self._ahead = self._claimed[0]
-        return self._make_ready()
+        self._make_ready()
+        return True
 
     def withdraw(self) -> None:
         """Takes back what went ahead and has not gone out, when its COMMIT has failed, and doubts what has."""
@@ -164,8 +165,8 @@ class Competing:
     def claimed(self) -> int:
         """Has what was claimed ready to go out; returns how many messages that are."""
         self._in_doubt = False
-        self._ahead = None
-        return self._make_ready()
+        ahead, self._ahead = self._ahead, None
+        return len(ahead.rows) if ahead else self._make_ready()
 
     def _make_ready(self) -> int:
         batches, self._claimed = self._claimed, []

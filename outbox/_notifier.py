@@ -46,4 +46,4 @@ class Notifier:
                 except Exception as error:
                     if not is_transient(error) or self._pool.is_closing():
                         raise
-                await anyio.sleep(self._debounce)
+                await anyio.sleep(self._debounce)  # for all commits until then one NOTIFY is enough

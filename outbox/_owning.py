@@ -485,9 +485,9 @@ class Owning:
             self._next_due = 0.0
         self._next_departed = after(started, _DEPARTED_SECONDS)
 
-    def go_ahead(self) -> int:
-        """Does nothing: what its COMMIT fails to claim others may deliver, out of order."""
-        return 0
+    def go_ahead(self) -> bool:
+        """Returns False: what its COMMIT fails to claim others may deliver, out of order."""
+        return False
 
     def withdraw(self) -> None:
         """Does nothing: nothing goes ahead."""

@@ -186,13 +186,13 @@ class Queries:
         # Positions come as the text of an array: for an array the driver asks each element whether it is one itself,
         # which takes four times as long as to write the text.
 
-        def held(bound: str) -> str:
-            """Returns the query for what is claimed beyond the bound.
+        def held(which: str) -> str:
+            """Returns the query for what is claimed, by the claims of which this is true.
 
             With something appended the planner takes each array for ten positions. By statistics of their length it
             may come to so many that it looks them up without a hash, and a claim takes seconds.
             """
-            return f"SELECT unnest(positions || '{{}}'::bigint[]) FROM {claims} WHERE upto > {bound}"
+            return f"SELECT unnest(positions || '{{}}'::bigint[]) FROM {claims} WHERE {which}"
 
         # The next messages beyond $1 that nobody holds. Rows locked by another relay's claim are skipped, not
         # waited for. This snapshot may be older than a claim committed meanwhile: record_claim decides.
@@ -204,7 +204,7 @@ class Queries:
                 timestamptz_send(recorded_at) AS recorded_at, 0 AS attempts
             FROM {outbox}
             WHERE position > $1 AND dispatched_at IS NULL
-                AND position NOT IN ({held("$1")})
+                AND position NOT IN ({held("upto > $1")})
             ORDER BY position LIMIT $2
             FOR UPDATE SKIP LOCKED"""
 
@@ -217,7 +217,7 @@ class Queries:
             WITH alive AS (SELECT FROM {relays} WHERE owner = $2 FOR KEY SHARE),
             mine AS (
                 SELECT position FROM unnest($3::text::bigint[]) AS position
-                WHERE position NOT IN ({held("$1")}))
+                WHERE position NOT IN ({held("upto > $1")}))
             INSERT INTO {claims} (upto, owner, positions)
             SELECT max(position), $2, array_agg(position) FROM mine WHERE EXISTS (SELECT FROM alive)
             HAVING count(*) > 0
@@ -272,9 +272,10 @@ class Queries:
         # Where the same message still is; locked, it stays there.
         self.still_fresh = f"SELECT position FROM {outbox} WHERE {the_same.replace('{}', outbox)} FOR UPDATE"
 
-        self.claimed_by_others = f"""
+        # Which of these no other relay than $1 has claimed; they are locked, so it stays like that.
+        self.not_claimed_by_others = f"""
             SELECT position FROM unnest($2::text::bigint[]) AS position
-            WHERE position IN (SELECT unnest(positions || '{{}}'::bigint[]) FROM {claims} WHERE owner <> $1)"""
+            WHERE position NOT IN ({held("owner <> $1")})"""
 
         # A fresh message that did not get through first moves to where messages wait, still in the relay's hands.
         self.set_aside = f"""
@@ -309,7 +310,7 @@ class Queries:
         self.lowest_fresh = f"""
             SELECT position FROM {outbox}
             WHERE position > $1 AND position <= $2 AND dispatched_at IS NULL
-                AND position NOT IN ({held("$1")})
+                AND position NOT IN ({held("upto > $1")})
             ORDER BY position LIMIT 1"""
 
         # How long the oldest has been waiting of all that is due and in the hands of nobody or of $1, who holds the
@@ -319,7 +320,7 @@ class Queries:
             SELECT statement_timestamp() - LEAST(
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE position > $2 AND dispatched_at IS NULL
-                    AND position NOT IN ({held("$2")})
+                    AND position NOT IN ({held("upto > $2")})
                  ORDER BY position LIMIT 1),
                 (SELECT {_SINCE.format("recorded_at")} FROM {outbox}
                  WHERE dispatched_at IS NULL AND position = ANY(ARRAY(

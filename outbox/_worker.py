@@ -111,7 +111,7 @@ class Hands(Protocol):
     async def balance(self, connection: Connection) -> bool: ...
     def balanced(self) -> None: ...
     async def claim(self, connection: Connection) -> None: ...
-    def go_ahead(self) -> int: ...
+    def go_ahead(self) -> bool: ...
     def withdraw(self) -> None: ...
     async def claim_one(self, connection: Connection) -> None: ...
     def claimed(self) -> int: ...
@@ -157,7 +157,7 @@ class Worker:
         self._delivered = 0
         self._settle_lock = anyio.Lock()
         self._has_many = self._is_restless = False
-        self._given_back = self._claimed = 0
+        self._given_back = 0
         # For its health: when the calls of the destination under way began, and when the lease was last seen to.
         self._calls: list[float] = []
         self._moved = math.inf
@@ -342,6 +342,7 @@ class Worker:
             self._wake.clear()
             self._is_restless = idle <= READY_SECONDS
             if claimed := await self._persistently(self._claim):
+                self._ready.set()
                 idle = _FIRST_POLL
             self._has_many = claimed >= self._settings.batch_size or self._hands.is_half_full
             if self._has_many:
@@ -376,17 +377,15 @@ class Worker:
             return await self._claim_now()
 
     async def _claim_now(self) -> int:
-        self._claimed = 0
         try:
             async with self._searching.transaction(to_go_on=self._is_restless, on_commit=self._go_ahead) as connection:
                 await self._hands.claim(connection)
-            self._note_claimed(self._hands.claimed())
+            return self._hands.claimed()
         except BaseException:
             self._hands.withdraw()
             raise
         finally:
             self._committed.set()
-        return self._claimed
 
     def _go_ahead(self) -> None:
         """Has what is claimed delivered while its COMMIT is under way, which saves a round trip of its latency.
@@ -394,13 +393,8 @@ class Worker:
         Until the COMMIT others find it locked, and then claimed. One that fails is as one that the server forgets when
         it crashes: what was delivered by then may be delivered again.
         """
-        if ahead := self._hands.go_ahead():
+        if self._hands.go_ahead():
             self._committed.clear()
-            self._note_claimed(ahead)
-
-    def _note_claimed(self, messages: int) -> None:
-        self._claimed += messages
-        if messages:
             self._ready.set()
 
     async def _balance(self) -> None:

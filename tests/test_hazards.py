@@ -256,41 +256,6 @@ async def test_a_relay_cancelled_while_its_claim_is_still_committing_leaves_no_c
     await drained(pool, outbox, 0)
 
 
-@pytest.mark.parametrize("waits", [False, True], ids=["fresh", "waiting"])
-async def test_a_claim_whose_commit_is_lost_is_delivered_ahead_of_it_unless_it_waited_and_no_message_is_lost(
-    pool: asyncpg.Pool[Any],
-    outbox: Outbox,
-    proxy: FaultProxy,
-    dsn: str,
-    *,
-    waits: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    destination, events, claim = Destination(), Events(), Competing.claim
-
-    async def claiming(self: Competing, connection: Any) -> None:
-        await claim(self, connection)
-        if self._claimed and destination.accepted == ["before"] and not events.of(DatabaseLost):
-            proxy.black_hole()  # which swallows the COMMIT
-
-    monkeypatch.setattr(Competing, "claim", claiming)
-    await write(pool, outbox, "before")
-    async with named_pool(proxy.dsn(dsn)) as (through, _):
-        settings: dict[str, Any] = {"poll_interval": timedelta(milliseconds=20), "lease": timedelta(seconds=1)}
-        async with running(outbox, through, destination, hooks=[events], **settings):
-            await destination.has_accepted(1)
-            await write(pool, outbox, *range(5), due_at=datetime(2020, 1, 1, tzinfo=UTC) if waits else None)
-            if not waits:
-                await destination.has_accepted(6)
-            await events.wait_for(DatabaseLost)
-            assert sorted(destination.accepted[1:]) == ([] if waits else list(range(5)))
-            proxy.heal()
-            await until_counts(pool, outbox, (0, 0, 0, 0))
-    assert await nothing_is_held(pool, outbox)
-    assert set(destination.accepted) == {"before", *range(5)}
-    assert all(destination.accepted.count(number) <= 2 for number in range(5))
-
-
 _TERMINATE = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1"
 
 
@@ -308,6 +273,35 @@ def swallows_the_commit_of(number: int, proxy: FaultProxy, monkeypatch: pytest.M
 
     monkeypatch.setattr(Competing, "claim", claiming)
     return swallowed
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["fresh", "waiting"])
+async def test_a_claim_whose_commit_is_lost_is_delivered_ahead_of_it_unless_it_waited_and_no_message_is_lost(
+    pool: asyncpg.Pool[Any],
+    outbox: Outbox,
+    proxy: FaultProxy,
+    dsn: str,
+    *,
+    waits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    destination, events = Destination(), Events()
+    swallows_the_commit_of(2, proxy, monkeypatch)
+    await write(pool, outbox, "before")
+    async with named_pool(proxy.dsn(dsn)) as (through, _):
+        settings: dict[str, Any] = {"poll_interval": timedelta(milliseconds=20), "lease": timedelta(seconds=1)}
+        async with running(outbox, through, destination, hooks=[events], **settings):
+            await destination.has_accepted(1)
+            await write(pool, outbox, *range(5), due_at=datetime(2020, 1, 1, tzinfo=UTC) if waits else None)
+            if not waits:
+                await destination.has_accepted(6)
+            await events.wait_for(DatabaseLost)
+            assert sorted(destination.accepted[1:]) == ([] if waits else list(range(5)))
+            proxy.heal()
+            await until_counts(pool, outbox, (0, 0, 0, 0))
+    assert await nothing_is_held(pool, outbox)
+    assert set(destination.accepted) == {"before", *range(5)}
+    assert all(destination.accepted.count(number) <= 2 for number in range(5))
 
 
 async def test_what_went_ahead_of_a_lost_commit_and_has_not_gone_out_is_delivered_once(
